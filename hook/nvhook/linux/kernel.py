@@ -1,0 +1,192 @@
+# SPDX-License-Identifier: Apache-2.0
+"""System calls that Python's os module lacks, one small function each.
+
+Every function encodes its arguments, makes the call and raises OSError with errno and the path it was about.
+Constants keep the kernel's names (include/uapi/linux). Nothing else in the project imports ctypes.
+
+Numbers: arch/x86/entry/syscalls/syscall_64.tbl and include/uapi/asm-generic/unistd.h (aarch64); calls added
+after 2019 have the same number everywhere.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import struct
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+_X86_64 = os.uname().machine == "x86_64"
+_NR_PIVOT_ROOT = 155 if _X86_64 else 41
+_NR_CAPSET = 126 if _X86_64 else 91
+_NR_BPF = 321 if _X86_64 else 280
+_NR_OPEN_TREE = 428
+_NR_MOVE_MOUNT = 429
+_NR_OPENAT2 = 437
+_NR_MOUNT_SETATTR = 442
+
+AT_FDCWD = -100
+AT_EMPTY_PATH = 0x1000
+
+# openat2(2)
+RESOLVE_NO_MAGICLINKS = 0x02
+RESOLVE_NO_SYMLINKS = 0x04
+RESOLVE_IN_ROOT = 0x10
+
+# open_tree(2), move_mount(2), mount_setattr(2)
+OPEN_TREE_CLONE = 1
+OPEN_TREE_CLOEXEC = os.O_CLOEXEC
+MOVE_MOUNT_F_EMPTY_PATH = 0x04
+MOVE_MOUNT_T_EMPTY_PATH = 0x40
+MOUNT_ATTR_RDONLY = 0x01
+MOUNT_ATTR_NOSUID = 0x02
+MOUNT_ATTR_NODEV = 0x04
+MOUNT_ATTR_NOEXEC = 0x08
+
+# mount(2), umount2(2)
+MS_RDONLY = 0x01
+MS_NOSUID = 0x02
+MS_NODEV = 0x04
+MS_NOEXEC = 0x08
+MS_REMOUNT = 0x20
+MS_BIND = 0x1000
+MS_REC = 0x4000
+MS_PRIVATE = 1 << 18
+MNT_DETACH = 0x02
+
+# setns(2), unshare(2)
+CLONE_NEWNS = 0x00020000
+CLONE_NEWUTS = 0x04000000
+CLONE_NEWIPC = 0x08000000
+CLONE_NEWUSER = 0x10000000
+CLONE_NEWPID = 0x20000000
+CLONE_NEWNET = 0x40000000
+
+# prctl(2)
+PR_SET_PDEATHSIG = 1
+PR_SET_DUMPABLE = 4
+PR_CAPBSET_DROP = 24
+PR_SET_NO_NEW_PRIVS = 38
+
+# fcntl(2): seals of a memfd
+F_ADD_SEALS = 1033
+F_GET_SEALS = 1034
+F_SEAL_SEAL = 0x01
+F_SEAL_SHRINK = 0x02
+F_SEAL_GROW = 0x04
+F_SEAL_WRITE = 0x08
+
+_LINUX_CAPABILITY_VERSION_3 = 0x20080522
+
+
+def _syscall(number: int, *args: object, path: str | None = None) -> int:
+    result: int = _libc.syscall(ctypes.c_long(number), *args)
+    return _check(result, path)
+
+
+def _check(result: int, path: str | None = None) -> int:
+    if result >= 0:
+        return result
+    errno = ctypes.get_errno()
+    raise OSError(errno, os.strerror(errno), path)
+
+
+def openat2(dir_fd: int, path: str, flags: int, *, resolve: int, mode: int = 0) -> int:
+    """A descriptor for `path` below `dir_fd`. ENOSYS before Linux 5.6; some seccomp filters answer EPERM."""
+    how = struct.pack("=QQQ", flags | os.O_CLOEXEC, mode, resolve)
+    return _syscall(_NR_OPENAT2, dir_fd, os.fsencode(path), how, ctypes.c_size_t(len(how)), path=path)
+
+
+def open_tree(dir_fd: int, path: str, flags: int) -> int:
+    """With OPEN_TREE_CLONE: a descriptor for a new, unattached mount of what `path` names. Linux 5.2."""
+    return _syscall(_NR_OPEN_TREE, dir_fd, os.fsencode(path), ctypes.c_uint(flags), path=path)
+
+
+def move_mount(from_fd: int, to_fd: int) -> None:
+    """Attach the unattached mount `from_fd` on top of the file or directory `to_fd`. Linux 5.2."""
+    flags = MOVE_MOUNT_F_EMPTY_PATH | MOVE_MOUNT_T_EMPTY_PATH
+    _syscall(_NR_MOVE_MOUNT, from_fd, b"", to_fd, b"", ctypes.c_uint(flags))
+
+
+def mount_setattr(mount_fd: int, *, attr_set: int, propagation: int) -> None:
+    """Set MOUNT_ATTR_* flags and the propagation (MS_PRIVATE) of the mount that `mount_fd` is. Linux 5.12."""
+    attr = struct.pack("=QQQQ", attr_set, 0, propagation, 0)
+    _syscall(
+        _NR_MOUNT_SETATTR, mount_fd, b"", ctypes.c_uint(AT_EMPTY_PATH), attr, ctypes.c_size_t(len(attr))
+    )
+
+
+def mount(source: str, target: str, fstype: str | None, flags: int, data: str = "") -> None:
+    result: int = _libc.mount(
+        os.fsencode(source),
+        os.fsencode(target),
+        os.fsencode(fstype) if fstype else None,
+        ctypes.c_ulong(flags),
+        os.fsencode(data),
+    )
+    _check(result, target)
+
+
+def umount2(target: str, flags: int) -> None:
+    result: int = _libc.umount2(os.fsencode(target), flags)
+    _check(result, target)
+
+
+def pivot_root(new_root: str, put_old: str) -> None:
+    _syscall(_NR_PIVOT_ROOT, os.fsencode(new_root), os.fsencode(put_old), path=new_root)
+
+
+def setns(fd: int, nstype: int) -> None:
+    result: int = _libc.setns(fd, nstype)
+    _check(result)
+
+
+def unshare(flags: int) -> None:
+    result: int = _libc.unshare(flags)
+    _check(result)
+
+
+def setfsuid(uid: int) -> int:
+    """The previous file system uid. The call reports no failure: ask again to see whether it took."""
+    result: int = _libc.setfsuid(ctypes.c_uint(uid))
+    return result & 0xFFFFFFFF
+
+
+def setfsgid(gid: int) -> int:
+    """The previous file system gid. The call reports no failure: ask again to see whether it took."""
+    result: int = _libc.setfsgid(ctypes.c_uint(gid))
+    return result & 0xFFFFFFFF
+
+
+def prctl(option: int, arg: int = 0) -> None:
+    zero = ctypes.c_ulong(0)
+    result: int = _libc.prctl(option, ctypes.c_ulong(arg), zero, zero, zero)
+    _check(result)
+
+
+def drop_bounding_set() -> None:
+    """Empty the capability bounding set; EINVAL marks the first number the kernel does not know."""
+    for capability in range(64):
+        try:
+            prctl(PR_CAPBSET_DROP, capability)
+        except OSError as error:
+            if error.errno != 22:  # EINVAL; errno's import is not worth one number
+                raise
+            return
+
+
+def drop_capabilities() -> None:
+    """Empty this thread's effective, permitted and inheritable sets (and with them the ambient one)."""
+    header = struct.pack("=Ii", _LINUX_CAPABILITY_VERSION_3, 0)
+    _syscall(_NR_CAPSET, header, struct.pack("=6I", 0, 0, 0, 0, 0, 0))
+
+
+def bpf(command: int, attr: bytearray) -> int:
+    """bpf(2): `attr` is the encoded union bpf_attr; the kernel may write answers into it."""
+    buffer = (ctypes.c_char * len(attr)).from_buffer(attr)
+    return _syscall(_NR_BPF, ctypes.c_int(command), buffer, ctypes.c_uint(len(attr)))
+
+
+def address_of(buffer: bytearray) -> int:
+    """Where `buffer` lies in memory, for the pointers inside bpf_attr; valid while the caller keeps it."""
+    return ctypes.addressof((ctypes.c_char * len(buffer)).from_buffer(buffer))
