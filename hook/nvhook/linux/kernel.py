@@ -111,9 +111,7 @@ def move_mount(from_fd: int, to_fd: int) -> None:
 def mount_setattr(mount_fd: int, *, attr_set: int, propagation: int) -> None:
     """Set MOUNT_ATTR_* flags and the propagation (MS_PRIVATE) of the mount that `mount_fd` is. Linux 5.12."""
     attr = struct.pack("=QQQQ", attr_set, 0, propagation, 0)
-    _syscall(
-        _NR_MOUNT_SETATTR, mount_fd, b"", ctypes.c_uint(AT_EMPTY_PATH), attr, ctypes.c_size_t(len(attr))
-    )
+    _syscall(_NR_MOUNT_SETATTR, mount_fd, b"", ctypes.c_uint(AT_EMPTY_PATH), attr, ctypes.c_size_t(len(attr)))
 
 
 def mount(source: str, target: str, fstype: str | None, flags: int, data: str = "") -> None:

@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A bind mount from one mount namespace into another, descriptor to descriptor.
+
+`clone` is called in the namespace of the source, `attach` in that of the target. The mount gets its flags before it
+is attached, so there is no moment in which it is writable. Kernels before 5.12 lack the calls for that; there the
+source is opened again from the target's namespace, compared, bound and remounted with its flags, all through
+/proc/self/fd.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+
+from . import kernel
+
+_NOT_HERE = (errno.ENOSYS, errno.EPERM, errno.EOPNOTSUPP)
+
+# mount option -> (MOUNT_ATTR_*, MS_*)
+_OPTIONS = {
+    "ro": (kernel.MOUNT_ATTR_RDONLY, kernel.MS_RDONLY),
+    "nosuid": (kernel.MOUNT_ATTR_NOSUID, kernel.MS_NOSUID),
+    "nodev": (kernel.MOUNT_ATTR_NODEV, kernel.MS_NODEV),
+    "noexec": (kernel.MOUNT_ATTR_NOEXEC, kernel.MS_NOEXEC),
+}
+
+
+class Source:
+    """A file to be bound elsewhere: `fd` is an O_PATH descriptor of it, and of the clone where there is one."""
+
+    __slots__ = ("_cloned", "_options", "_path", "fd")
+
+    def __init__(self, path: str, options: tuple[str, ...]) -> None:
+        """Opens `path`, an absolute path of the host's without links; OSError if it is gone, or is a link."""
+        self._path = path
+        self._options = options
+        self._cloned = False
+        self.fd = os.open(path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
+
+    def clone(self) -> None:
+        """Make the unattached mount, where the kernel can."""
+        try:
+            fd = kernel.open_tree(self.fd, "", kernel.OPEN_TREE_CLONE | kernel.OPEN_TREE_CLOEXEC | kernel.AT_EMPTY_PATH)
+        except OSError as error:
+            if error.errno in _NOT_HERE:
+                return
+            raise
+        try:
+            kernel.mount_setattr(fd, attr_set=self._flags(0), propagation=kernel.MS_PRIVATE)
+        except OSError as error:
+            os.close(fd)
+            if error.errno in _NOT_HERE:
+                return
+            raise
+        os.close(self.fd)
+        self.fd = fd
+        self._cloned = True
+
+    def attach(self, parent: int, name: str) -> int:
+        """Mount on `name` in the directory `parent`; the answer is a descriptor of the mount, for `detach`.
+
+        `name` is opened without following it and must be there; the caller has looked at what it is.
+        """
+        target = os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=parent)
+        try:
+            if self._cloned:
+                kernel.move_mount(self.fd, target)
+                return os.dup(self.fd)
+            return self._bind(target, parent, name)
+        finally:
+            os.close(target)
+
+    def _bind(self, target: int, parent: int, name: str) -> int:
+        source = os.open(self._path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
+        try:
+            if not os.path.samestat(os.fstat(source), os.fstat(self.fd)):
+                raise OSError(errno.ESTALE, "another file than on the host", self._path)
+            kernel.mount(f"/proc/self/fd/{source}", f"/proc/self/fd/{target}", None, kernel.MS_BIND)
+        finally:
+            os.close(source)
+        mounted = os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=parent)
+        place = f"/proc/self/fd/{mounted}"
+        try:
+            if not os.path.samestat(os.fstat(mounted), os.fstat(self.fd)):
+                raise OSError(errno.ESTALE, "replaced while it was mounted", name)
+            kernel.mount("none", place, None, kernel.MS_PRIVATE)
+            kernel.mount("none", place, None, kernel.MS_REMOUNT | kernel.MS_BIND | self._flags(1))
+        except OSError:
+            detach(mounted)
+            raise
+        return mounted
+
+    def _flags(self, which: int) -> int:
+        flags = 0
+        for option in self._options:
+            flags |= _OPTIONS[option][which]
+        return flags
+
+    def close(self) -> None:
+        os.close(self.fd)
+
+
+def detach(mounted: int) -> None:
+    """Take away the mount that `mounted` is a descriptor of, and close it."""
+    try:
+        kernel.umount2(f"/proc/self/fd/{mounted}", kernel.MNT_DETACH)
+    finally:
+        os.close(mounted)

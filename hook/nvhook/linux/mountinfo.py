@@ -1,0 +1,24 @@
+# SPDX-License-Identifier: Apache-2.0
+"""/proc/<pid>/mountinfo, as text (proc_pid_mountinfo(5))."""
+
+from __future__ import annotations
+
+
+def mount_points(text: str) -> set[str]:
+    """Every mount point, as seen from the process's root."""
+    return {unescape(fields[4]) for fields in map(str.split, text.splitlines()) if len(fields) > 4}
+
+
+def unescape(field: str) -> str:
+    r"""Space, tab, newline and backslash stand in the file as \040, \011, \012 and \134."""
+    if "\\" not in field:
+        return field
+    parts = field.split("\\")
+    plain = parts[0]
+    for part in parts[1:]:
+        octal = part[:3]
+        if len(octal) == 3 and all(digit in "01234567" for digit in octal):
+            plain += chr(int(octal, 8)) + part[3:]
+        else:
+            plain += "\\" + part
+    return plain
