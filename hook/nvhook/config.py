@@ -1,0 +1,231 @@
+# SPDX-License-Identifier: Apache-2.0
+"""config.toml: NVIDIA's keys with NVIDIA's defaults, and the table [nvhook] of ours.
+
+The file is the host administrator's and is trusted; what is checked here is that it says what was meant. A key that
+nvhook does not honour, set to something that would matter, is named in `Config.warnings`.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+from .errors import ConfigError, reason
+
+DEFAULT_PATH = "/etc/nvidia-container-runtime/config.toml"
+
+CAPABILITIES = ("compat32", "compute", "display", "graphics", "ngx", "utility", "video")
+
+# Key -> default. The type of the default is the type that the value must have.
+_KEYS: dict[str, object] = {
+    "disable-require": False,
+    "swarm-resource": "",
+    "accept-nvidia-visible-devices-envvar-when-unprivileged": True,
+    "accept-nvidia-visible-devices-as-volume-mounts": False,
+    "supported-driver-capabilities": ",".join(CAPABILITIES),
+    "nvidia-container-cli.root": "",
+    "nvidia-container-cli.ldcache": "",
+    "nvidia-container-cli.ldconfig": "@/sbin/ldconfig",
+    "nvidia-container-cli.no-cgroups": False,
+    "nvidia-container-runtime.debug": "/dev/null",
+    "nvidia-container-runtime.log-level": "info",
+    "nvidia-container-runtime.runtimes": ["runc", "crun"],
+    "nvidia-container-runtime.mode": "auto",
+    "nvhook.dev-root": "/",
+    "nvhook.proc-root": "/",
+    "nvhook.state-dir": "/run/nvhook",
+}
+
+# NVIDIA's keys that change nothing here, with the values under which that is what the user expects.
+_WITHOUT_EFFECT: dict[str, tuple[object, ...]] = {
+    "nvidia-container-cli.path": ("", "/usr/bin/nvidia-container-cli"),
+    "nvidia-container-cli.environment": ([],),
+    "nvidia-container-cli.debug": ("", "/dev/null"),
+    "nvidia-container-cli.load-kmods": (False, True),
+    "nvidia-container-cli.no-pivot": (False,),
+    "nvidia-container-cli.user": ("",),
+    "nvidia-container-runtime.modes.csv.mount-spec-path": ("/etc/nvidia-container-runtime/host-files-for-container.d",),
+    "nvidia-container-runtime.modes.csv.compat-container-root": ("",),
+    "nvidia-container-runtime.modes.cdi.default-kind": ("nvidia.com/gpu",),
+    "nvidia-container-runtime.modes.cdi.annotation-prefixes": (["cdi.k8s.io/"],),
+    "nvidia-container-runtime.modes.cdi.spec-dirs": (["/etc/cdi", "/var/run/cdi"],),
+    "nvidia-container-runtime.modes.legacy.cuda-compat-mode": ("ldconfig", "disabled"),
+    "nvidia-container-runtime-hook.path": (
+        "",
+        "nvidia-container-runtime-hook",
+        "/usr/bin/nvidia-container-runtime-hook",
+    ),
+    "nvidia-container-runtime-hook.skip-mode-detection": (False, True),
+    "nvidia-ctk.path": ("", "nvidia-ctk", "/usr/bin/nvidia-ctk"),
+    "features.allow-cuda-compat-libs-from-container": (False,),
+    "features.allow-ldconfig-from-container": (False,),
+    "features.allow-unknown-oci-spec-fields": (False, True),
+    "features.disable-cuda-compat-lib-hook": (False, True),
+    "features.disable-imex-channel-creation": (False, True),
+    "features.ignore-imex-channel-requests": (False, True),
+    "features.no-additional-gids-for-device-nodes": (False, True),
+}
+
+_MODES = ("auto", "legacy", "cdi", "jit-cdi", "csv")
+_LOG_LEVELS = ("trace", "debug", "info", "warning", "warn", "error", "fatal", "panic")
+
+
+class Config:
+    """The values that count, each checked; `path` is the file they came from, or empty for built-in defaults."""
+
+    __slots__ = (
+        "accept_env_when_unprivileged",
+        "accept_volume_mounts",
+        "dev_root",
+        "disable_require",
+        "driver_root",
+        "ldcache",
+        "ldconfig",
+        "log_file",
+        "log_level",
+        "no_cgroups",
+        "path",
+        "proc_root",
+        "runtimes",
+        "state_dir",
+        "supported_capabilities",
+        "swarm_resources",
+        "warnings",
+    )
+
+    def __init__(self, values: dict[str, object], path: str, warnings: list[str]) -> None:
+        self.path = path
+        self.warnings = warnings
+        self.disable_require = bool(values["disable-require"])
+        self.swarm_resources = _names(values["swarm-resource"])
+        self.accept_env_when_unprivileged = bool(values["accept-nvidia-visible-devices-envvar-when-unprivileged"])
+        self.accept_volume_mounts = bool(values["accept-nvidia-visible-devices-as-volume-mounts"])
+        self.supported_capabilities = _capabilities(values["supported-driver-capabilities"], path)
+        self.driver_root = str(values["nvidia-container-cli.root"]) or "/"
+        self.ldcache = str(values["nvidia-container-cli.ldcache"]) or "/etc/ld.so.cache"
+        self.ldconfig = _ldconfig(str(values["nvidia-container-cli.ldconfig"]), path)
+        self.no_cgroups = bool(values["nvidia-container-cli.no-cgroups"])
+        self.log_file = str(values["nvidia-container-runtime.debug"])
+        self.log_level = str(values["nvidia-container-runtime.log-level"])
+        self.runtimes = _names(values["nvidia-container-runtime.runtimes"])
+        self.dev_root = str(values["nvhook.dev-root"])
+        self.proc_root = str(values["nvhook.proc-root"])
+        self.state_dir = str(values["nvhook.state-dir"])
+
+
+def load(path: str, *, must_exist: bool = False) -> Config:
+    """The configuration in the file `path`; NVIDIA's defaults where there is no such file.
+
+    Raises ConfigError, naming file and key, for a file that cannot be read or does not parse, a value of the wrong
+    type, and a value that is none of those a key knows.
+    """
+    try:
+        with open(path, "rb") as file:
+            content = file.read()
+    except FileNotFoundError:
+        if must_exist:
+            raise ConfigError(f"read `{path}`: no such file") from None
+        return Config(dict(_KEYS), "", [])
+    except OSError as error:
+        raise ConfigError(f"read `{path}`: {reason(error)}") from None
+    return _from_table(_parse(content, path), path)
+
+
+def _parse(content: bytes, path: str) -> dict[str, object]:
+    # 14 ms, and only where there is a file to read.
+    if sys.version_info >= (3, 11):
+        import tomllib
+    else:
+        import tomli as tomllib
+    try:
+        table: dict[str, object] = tomllib.loads(content.decode())
+        return table
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"parse `{path}`: {error}") from None
+
+
+def _from_table(table: dict[str, object], path: str) -> Config:
+    values = dict(_KEYS)
+    warnings = []
+    for key, value in _flatten(table, ""):
+        if key in _KEYS:
+            values[key] = _checked(key, value, path)
+        elif key not in _WITHOUT_EFFECT:
+            warnings.append(f"`{path}`: unknown key `{key}` is ignored")
+        elif value not in _WITHOUT_EFFECT[key]:
+            warnings.append(f"`{path}`: `{key}` is not honoured by nvhook")
+    if values["nvidia-container-runtime.mode"] not in ("auto", "legacy"):
+        mode = values["nvidia-container-runtime.mode"]
+        warnings.append(f"`{path}`: `nvidia-container-runtime.mode` = `{mode}` is not honoured by nvhook")
+    return Config(values, path, warnings)
+
+
+def _flatten(table: dict[str, object], prefix: str) -> list[tuple[str, object]]:
+    items: list[tuple[str, object]] = []
+    for key, value in table.items():
+        if isinstance(value, dict):
+            items += _flatten(value, f"{prefix}{key}.")
+        else:
+            items.append((prefix + key, value))
+    return items
+
+
+def _checked(key: str, value: object, path: str) -> object:
+    default = _KEYS[key]
+    if key in ("swarm-resource", "supported-driver-capabilities") and isinstance(value, list):
+        value = ",".join(str(item) for item in value)  # both spellings are seen in the field
+    if type(value) is not type(default) or (
+        isinstance(value, list) and not all(isinstance(item, str) for item in value)
+    ):
+        raise ConfigError(f"`{path}`: `{key}` must be {_TYPES[type(default)]}, not `{value}`")
+    allowed = _ALLOWED.get(key)
+    if allowed and value not in allowed:
+        raise ConfigError(f"`{path}`: unknown value `{value}` for `{key}`", f"one of {', '.join(allowed)}")
+    if key.startswith("nvhook.") and not os.path.isabs(str(value)):
+        raise ConfigError(f"`{path}`: `{key}` must be an absolute path, not `{value}`")
+    if key == "nvidia-container-runtime.runtimes" and not value:
+        raise ConfigError(f"`{path}`: `{key}` names no low-level runtime", 'for example ["runc", "crun"]')
+    return value
+
+
+_TYPES = {bool: "true or false", str: "a string", list: "a list of strings"}
+_ALLOWED = {
+    "nvidia-container-runtime.mode": _MODES,
+    "nvidia-container-runtime.log-level": _LOG_LEVELS,
+}
+
+
+def _names(value: object) -> tuple[str, ...]:
+    items = value if isinstance(value, list) else str(value).split(",")
+    return tuple(item.strip() for item in items if item.strip())
+
+
+def _capabilities(value: object, path: str) -> tuple[str, ...]:
+    names = _names(value)
+    if "all" in names:
+        return CAPABILITIES
+    unknown = [name for name in names if name not in CAPABILITIES]
+    if unknown:
+        raise ConfigError(
+            f"`{path}`: unknown capability `{unknown[0]}` in `supported-driver-capabilities`",
+            f"known are {', '.join(CAPABILITIES)}",
+        )
+    return tuple(sorted(set(names)))
+
+
+def _ldconfig(value: str, path: str) -> str:
+    """The host's ldconfig, or empty for none: `@` marks a path of the host, and nothing else is ever run."""
+    if not value:
+        return ""
+    if not value.startswith("@/"):
+        raise ConfigError(
+            f"`{path}`: `nvidia-container-cli.ldconfig` = `{value}` is not a path of the host",
+            "write `@` before it; the program of an image is never run",
+        )
+    # Ubuntu's ldconfig is a shell script around ldconfig.real; a script cannot be run from a memfd.
+    program = value[1:]
+    if not program.endswith(".real") and os.path.exists(program + ".real"):
+        return program + ".real"
+    if program.endswith(".real") and not os.path.exists(program):
+        return program[: -len(".real")]
+    return program

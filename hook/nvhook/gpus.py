@@ -1,0 +1,212 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The host's GPUs as the kernel module shows them below /proc, and the choice of those a container asked for.
+
+Cheap on purpose: a few small files of /proc, no library, no NVML. The order is NVML's (ascending PCI bus id), so that
+index 0 here is index 0 of nvidia-smi.
+"""
+
+from __future__ import annotations
+
+import os
+
+from .errors import DeviceError, reason
+
+# Character device names in /proc/devices; the control and GPU nodes share the first one's major.
+CONTROL_MAJOR = 195
+CONTROL_MINOR = 255
+MODESET_MINOR = 254
+
+_LOAD_HINT = "load it with `modprobe nvidia`, or install the NVIDIA driver on this host"
+
+
+class Gpu:
+    """`index` in NVML's order, `minor` of /dev/nvidia<minor>, `pci` as below /proc/driver/nvidia/gpus.
+
+    `uuid` contains question marks until something has initialised the GPU (no persistence mode, nothing running).
+    """
+
+    __slots__ = ("index", "minor", "model", "pci", "uuid")
+
+    def __init__(self, index: int, minor: int, uuid: str, pci: str, model: str) -> None:
+        self.index = index
+        self.minor = minor
+        self.uuid = uuid
+        self.pci = pci
+        self.model = model
+
+    def describe(self) -> dict[str, object]:
+        return {"index": self.index, "minor": self.minor, "uuid": self.uuid, "pci": self.pci}
+
+    def __str__(self) -> str:
+        return f"{self.index} ({self.uuid}, {self.pci})"
+
+
+class Gpus:
+    """One look at the host.
+
+    driver_version   of the loaded kernel module
+    gpus             those that the driver uses, in NVML's order
+    majors           name -> character device major, from /proc/devices
+    node_owner       (uid, gid, mode) that the module wants its device nodes to have
+    """
+
+    __slots__ = ("driver_version", "gpus", "majors", "node_owner")
+
+    def __init__(
+        self,
+        driver_version: str,
+        gpus: list[Gpu],
+        majors: dict[str, int],
+        node_owner: tuple[int, int, int],
+    ) -> None:
+        self.driver_version = driver_version
+        self.gpus = gpus
+        self.majors = majors
+        self.node_owner = node_owner
+
+
+def read(proc_root: str) -> Gpus:
+    """Reads `proc_root`/proc; DeviceError when the kernel module is not there or says something unreadable."""
+    proc = os.path.join(proc_root, "proc")
+    version = _driver_version(proc)
+    return Gpus(version, _gpus(proc), _majors(proc), _node_owner(proc))
+
+
+def select(devices: tuple[str, ...], gpus: list[Gpu]) -> list[Gpu]:
+    """The GPUs that `devices` (a Request's) names, in NVML's order, each once.
+
+    An id is an index, a UUID or the beginning of one, or a PCI bus id. DeviceError, with the list of what exists,
+    for one that names no GPU or several.
+    """
+    if devices == ("none",):
+        return []
+    if devices == ("all",):
+        if not gpus:
+            raise DeviceError("all GPUs are asked for and the driver has none", "see `dmesg | grep -i nvrm`")
+        return gpus
+    chosen = {_find(device, gpus).index for device in devices}
+    return [gpu for gpu in gpus if gpu.index in chosen]
+
+
+def _find(device: str, gpus: list[Gpu]) -> Gpu:
+    found = [gpu for gpu in gpus if _is_named(gpu, device)]
+    if len(found) > 1:
+        exact = [gpu for gpu in found if gpu.uuid.lower() == device.lower()]
+        if len(exact) != 1:
+            raise DeviceError(f"`{device}` is the beginning of several UUIDs: {_listed(found)}")
+        return exact[0]
+    if not found:
+        raise DeviceError(f"unknown device `{device}`", f"this host has {_listed(gpus)}" + _uuid_hint(device, gpus))
+    return found[0]
+
+
+def _is_named(gpu: Gpu, device: str) -> bool:
+    if device.isdecimal() and device.isascii():
+        return len(device) < 8 and int(device) == gpu.index
+    if device.lower().startswith("gpu-") and len(device) > len("gpu-"):
+        return gpu.uuid.lower().startswith(device.lower())
+    address = _pci_address(device)
+    return address is not None and address == _pci_address(gpu.pci)
+
+
+def _listed(gpus: list[Gpu]) -> str:
+    return ", ".join(str(gpu) for gpu in gpus) or "no GPU"
+
+
+def _uuid_hint(device: str, gpus: list[Gpu]) -> str:
+    if device.lower().startswith("mig-"):
+        return "; MIG devices are not supported by this version"
+    if device.lower().startswith("gpu-") and any("?" in gpu.uuid for gpu in gpus):
+        return "; a UUID with question marks is known once the GPU is initialised: run `nvidia-smi -L` on the host"
+    return ""
+
+
+def _pci_address(text: str) -> tuple[int, int, int, int] | None:
+    """(domain, bus, device, function) of `[domain:]bus:device[.function]` in hex, or None."""
+    parts = text.split(":")
+    if len(parts) not in (2, 3):
+        return None
+    device, _, function = parts[-1].partition(".")
+    try:
+        domain = int(parts[0], 16) if len(parts) == 3 else 0
+        return domain, int(parts[-2], 16), int(device, 16), int(function or "0", 16)
+    except ValueError:
+        return None
+
+
+def _driver_version(proc: str) -> str:
+    path = os.path.join(proc, "driver/nvidia/version")
+    try:
+        content = _read(path)
+    except FileNotFoundError:
+        raise DeviceError(f"the nvidia kernel module is not loaded: no `{path}`", _LOAD_HINT) from None
+    except OSError as error:
+        raise DeviceError(f"read `{path}`: {reason(error)}") from None
+    for word in content.partition("\n")[0].split():
+        if "." in word and word.replace(".", "").isdecimal():
+            return word
+    raise DeviceError(f"read `{path}`: no driver version in `{content.strip()}`")
+
+
+def _gpus(proc: str) -> list[Gpu]:
+    directory = os.path.join(proc, "driver/nvidia/gpus")
+    found: list[Gpu] = []
+    try:
+        addresses = os.listdir(directory)
+    except FileNotFoundError:
+        addresses = []
+    except OSError as error:
+        raise DeviceError(f"read `{directory}`: {reason(error)}") from None
+    for address in sorted(addresses, key=lambda name: _pci_address(name) or (1 << 32, 0, 0, 0)):
+        values = _information(os.path.join(directory, address, "information"))
+        # NVML numbers only the GPUs that the module was not told to leave alone.
+        if values.get("GPU Excluded", "No") != "Yes":
+            minor = values.get("Device Minor", "")
+            if not minor.isdecimal():
+                raise DeviceError(f"read `{directory}/{address}/information`: no `Device Minor`")
+            model = values.get("Model", "")
+            found.append(Gpu(len(found), int(minor), values.get("GPU UUID", ""), address, model))
+    return found
+
+
+def _information(path: str) -> dict[str, str]:
+    try:
+        lines = _read(path).splitlines()
+    except OSError as error:
+        raise DeviceError(f"read `{path}`: {reason(error)}") from None
+    pairs = (line.partition(":") for line in lines)
+    return {name.strip(): value.strip() for name, _, value in pairs}
+
+
+def _majors(proc: str) -> dict[str, int]:
+    """Name -> major, character devices only. The GPU major is fixed (195) whatever name a version gives it."""
+    path = os.path.join(proc, "devices")
+    majors: dict[str, int] = {}
+    try:
+        lines = _read(path).splitlines()
+    except OSError as error:
+        raise DeviceError(f"read `{path}`: {reason(error)}") from None
+    for line in lines:
+        if line.startswith("Block"):
+            break
+        number, _, name = line.strip().partition(" ")
+        if number.isdecimal() and name:
+            majors.setdefault(name, int(number))
+    return majors
+
+
+def _node_owner(proc: str) -> tuple[int, int, int]:
+    try:
+        values = _information(os.path.join(proc, "driver/nvidia/params"))
+        return (
+            int(values.get("DeviceFileUID", "0")),
+            int(values.get("DeviceFileGID", "0")),
+            int(values.get("DeviceFileMode", str(0o666))) & 0o777,
+        )
+    except (DeviceError, ValueError):  # what nvidia-modprobe falls back to as well
+        return 0, 0, 0o666
+
+
+def _read(path: str) -> str:
+    with open(path, encoding="utf-8", errors="replace") as file:
+        return file.read(1 << 20)

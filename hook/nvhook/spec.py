@@ -1,0 +1,200 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The container as its engine describes it: the hook's state on stdin and the bundle's config.json.
+
+Formats: the OCI runtime specification, runtime.md (state) and config.md. Past this module nobody picks in raw JSON.
+The bundle is written by the engine, which is trusted; `process.env` in it comes from the image, which is not.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+
+from .errors import SpecError, reason
+
+_MAX_STATE = 1 << 20
+_MAX_CONFIG = 64 << 20
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any, TypeGuard  # noqa: TID251 - never at run time
+
+    Json = dict[str, Any]
+
+
+class State:
+    """`pid` of the container's first process, in our pid namespace, and the absolute path of its bundle."""
+
+    __slots__ = ("bundle", "id", "pid")
+
+    def __init__(self, pid: int, bundle: str, id: str) -> None:  # noqa: A002 - OCI's name
+        self.pid = pid
+        self.bundle = bundle
+        self.id = id
+
+
+class Spec:
+    """What nvhook needs of a config.json.
+
+    env            name -> value; the last of several wins, as in runc
+    mounts         (source, destination), as written
+    annotations    key -> value
+    privileged     CAP_SYS_ADMIN is in the bounding set (NVIDIA's definition)
+    rootfs         absolute path of the root filesystem on the host
+    device_rules   linux.resources.devices, in order: the last that matches an access decides
+    """
+
+    __slots__ = ("annotations", "device_rules", "env", "mounts", "privileged", "rootfs")
+
+    def __init__(
+        self,
+        *,
+        env: dict[str, str],
+        mounts: list[tuple[str, str]],
+        annotations: dict[str, str],
+        privileged: bool,
+        rootfs: str,
+        device_rules: list[Json],
+    ) -> None:
+        self.env = env
+        self.mounts = mounts
+        self.annotations = annotations
+        self.privileged = privileged
+        self.rootfs = rootfs
+        self.device_rules = device_rules
+
+    def allows(self, major: int, minor: int) -> bool:
+        """Whether the rules in the spec already let the container open this character device for `rw`."""
+        allowed = False
+        for rule in self.device_rules:
+            if not _matches(rule, major, minor):
+                continue
+            access = str(rule.get("access") or "rwm")
+            if rule.get("allow"):
+                allowed = allowed or ("r" in access and "w" in access)
+            elif "r" in access or "w" in access:
+                allowed = False
+        return allowed
+
+
+def _matches(rule: Json, major: int, minor: int) -> bool:
+    return (
+        rule.get("type", "a") in ("a", "c", None)
+        and _is_wild_or(rule.get("major"), major)
+        and _is_wild_or(rule.get("minor"), minor)
+    )
+
+
+def _is_wild_or(value: object, number: int) -> bool:
+    return value in (None, -1, number)
+
+
+def read_state(fd: int) -> State:
+    """The state that the low-level runtime writes to a hook's stdin, read to its end; SpecError if it is none."""
+    content = b""
+    while chunk := os.read(fd, 65536):
+        content += chunk
+        if len(content) > _MAX_STATE:
+            raise SpecError(f"read the container's state: more than {_MAX_STATE} bytes on stdin")
+    try:
+        state = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise SpecError(f"read the container's state: stdin is not JSON: {error}") from None
+    if not isinstance(state, dict):
+        raise SpecError("read the container's state: stdin is not a JSON object")
+    pid = state.get("pid")
+    bundle = state.get("bundle") or state.get("bundlePath")  # bundlePath: before OCI 1.0
+    if not isinstance(pid, int) or isinstance(pid, bool) or pid <= 0:
+        raise SpecError(f"read the container's state: `pid` is `{pid}`, not a process")
+    if not isinstance(bundle, str) or not os.path.isabs(bundle):
+        raise SpecError(f"read the container's state: `bundle` is `{bundle}`, not an absolute path")
+    return State(pid, bundle, str(state.get("id") or ""))
+
+
+def read_config(bundle: str) -> tuple[Json, os.stat_result]:
+    """The bundle's config.json, whole, and the status of the file; SpecError names the file and what is wrong."""
+    path = os.path.join(bundle, "config.json")
+    try:
+        with open(path, "rb") as file:
+            status = os.fstat(file.fileno())
+            content = file.read(_MAX_CONFIG + 1)
+    except OSError as error:
+        raise SpecError(f"read `{path}`: {reason(error)}") from None
+    if len(content) > _MAX_CONFIG:
+        raise SpecError(f"read `{path}`: more than {_MAX_CONFIG} bytes")
+    try:
+        config = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise SpecError(f"parse `{path}`: {error}") from None
+    if not isinstance(config, dict):
+        raise SpecError(f"parse `{path}`: not a JSON object")
+    return config, status
+
+
+def parse(config: Json, bundle: str) -> Spec:
+    """The record of a config.json; SpecError where a part that we need is missing or of another form."""
+    path = os.path.join(bundle, "config.json")
+    process = _object(config, "process", path)
+    root = _object(config, "root", path)
+    rootfs = root.get("path")
+    if not isinstance(rootfs, str) or not rootfs:
+        raise SpecError(f"`{path}`: `root.path` is missing")
+    resources = _object(_object(config, "linux", path, optional=True), "resources", path, optional=True)
+    return Spec(
+        env=_env(process.get("env"), path),
+        mounts=[
+            (str(mount.get("source") or ""), str(mount.get("destination") or ""))
+            for mount in _objects(config.get("mounts"), "mounts", path)
+        ],
+        annotations=_strings(_object(config, "annotations", path, optional=True), path),
+        privileged="CAP_SYS_ADMIN" in _bounding_set(process.get("capabilities"), path),
+        rootfs=os.path.normpath(os.path.join(os.path.abspath(bundle), rootfs)),
+        device_rules=_objects(resources.get("devices"), "linux.resources.devices", path),
+    )
+
+
+def _object(parent: Json, key: str, path: str, *, optional: bool = False) -> Json:
+    value = parent.get(key)
+    if value is None and optional:
+        return {}
+    if not isinstance(value, dict):
+        what = "is missing" if value is None else "is not an object"
+        raise SpecError(f"`{path}`: `{key}` {what}")
+    return value
+
+
+def _objects(value: object, key: str, path: str) -> list[Json]:
+    if value is None:
+        return []
+    if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
+        raise SpecError(f"`{path}`: `{key}` is not a list of objects")
+    return value
+
+
+def _strings(value: Json, path: str) -> dict[str, str]:
+    if not all(isinstance(item, str) for item in value.values()):
+        raise SpecError(f"`{path}`: `annotations` holds something other than strings")
+    return value
+
+
+def _is_strings(value: object) -> TypeGuard[list[str]]:
+    return isinstance(value, list) and all(isinstance(item, str) for item in value)
+
+
+def _env(value: object, path: str) -> dict[str, str]:
+    if value is None:
+        return {}
+    if not _is_strings(value):
+        raise SpecError(f"`{path}`: `process.env` is not a list of strings")
+    pairs = (item.partition("=") for item in value)
+    return {name: content for name, equals, content in pairs if equals}
+
+
+def _bounding_set(value: object, path: str) -> list[str]:
+    if isinstance(value, dict):
+        value = value.get("bounding")
+    if value is None:
+        return []
+    if not _is_strings(value):  # a flat list is how OCI 1.0.0-rc1 to rc4 wrote it
+        raise SpecError(f"`{path}`: `process.capabilities` is not a list of names")
+    return value
