@@ -1,0 +1,163 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The container that is being created: its process, its mount namespace, its root filesystem and family.
+
+Everything is opened while we are still in the host's namespace; `enter` is the one step that changes where we are,
+and after it no path is looked up from `/` any more.
+"""
+
+from __future__ import annotations
+
+import os
+
+from .errors import ContainerError, reason
+from .linux import kernel, mountinfo
+from .linux.root import DIRECTORY, Root
+from .spec import Spec, State
+
+_FULL_MAP = "0 0 4294967295"
+
+
+class Layout:
+    """Where a family of distributions keeps things, as absolute paths in the container."""
+
+    __slots__ = ("binaries", "libraries", "libraries32")
+
+    def __init__(self, libraries: str, libraries32: str, binaries: str = "/usr/bin") -> None:
+        self.libraries = libraries
+        self.libraries32 = libraries32
+        self.binaries = binaries
+
+
+class Container:
+    """Descriptors of one container; `rootfs` is the root filesystem's path on the host, for messages and ldconfig.
+
+    proc          /proc/<pid> of its first process: the same process however often the number is used again
+    uid, gid      who root in the container is on the host
+    in_userns     device nodes made here could not be opened: its filesystems belong to a user namespace
+    """
+
+    __slots__ = ("_namespace", "gid", "in_userns", "layout", "proc", "root", "rootfs", "uid")
+
+    def __init__(
+        self,
+        *,
+        proc: int,
+        namespace: int,
+        root: Root,
+        rootfs: str,
+        layout: Layout,
+        owner: tuple[int, int],
+        in_userns: bool,
+    ) -> None:
+        self.proc = proc
+        self._namespace = namespace
+        self.root = root
+        self.rootfs = rootfs
+        self.layout = layout
+        self.uid, self.gid = owner
+        self.in_userns = in_userns
+
+    def enter(self) -> None:
+        """Into the container's mount namespace, for good; files are made as the container's root from here on."""
+        try:
+            kernel.setns(self._namespace, kernel.CLONE_NEWNS)
+        except OSError as error:
+            raise ContainerError(f"enter the mount namespace of `{self.rootfs}`: {reason(error)}") from None
+        if self.uid or self.gid:
+            # In a user namespace a file made as the host's root fails with EOVERFLOW. gid first: without uid 0
+            # the capability to change it is gone.
+            kernel.setfsgid(self.gid)
+            kernel.setfsuid(self.uid)
+
+
+def find(state: State, spec: Spec) -> Container:
+    """The container of `state`, whose root filesystem `spec` names.
+
+    ContainerError when the process is gone, is in our own mount namespace, or has not mounted that root filesystem:
+    then it is not a container of this bundle, and nothing may be done to it.
+    """
+    try:
+        proc = os.open(f"/proc/{state.pid}", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        raise ContainerError(f"process {state.pid} of the container is gone") from None
+    try:
+        return _open(state, os.path.realpath(spec.rootfs), proc)
+    except (ProcessLookupError, FileNotFoundError) as error:
+        raise ContainerError(f"process {state.pid} of the container is gone: {reason(error)}") from None
+    except OSError as error:
+        raise ContainerError(f"open `{spec.rootfs}` of process {state.pid}: {reason(error)}") from None
+
+
+def _open(state: State, rootfs: str, proc: int) -> Container:
+    namespace = os.open("ns/mnt", os.O_RDONLY | os.O_CLOEXEC, dir_fd=proc)
+    if os.path.samestat(os.fstat(namespace), os.stat("/proc/self/ns/mnt")):
+        raise ContainerError(f"process {state.pid} has no mount namespace of its own: it is not a container")
+    if rootfs not in mountinfo.mount_points(_read(proc, "mountinfo")):
+        raise ContainerError(f"process {state.pid} has not mounted `{rootfs}`: it is not a container of this bundle")
+    above = Root(os.open("root", DIRECTORY, dir_fd=proc))
+    root = Root(above.open(rootfs, DIRECTORY))
+    os.close(above.fd)
+    owner, in_userns = _owner(proc)
+    return Container(
+        proc=proc,
+        namespace=namespace,
+        root=root,
+        rootfs=rootfs,
+        layout=layout(root),
+        owner=owner,
+        in_userns=in_userns,
+    )
+
+
+def layout(root: Root) -> Layout:
+    """The family of the root filesystem, as libnvidia-container tells it, and multiarch directories as a second sign.
+
+    An image stripped of its /etc still has its libraries where its dynamic linker looks for them.
+    """
+    machine = os.uname().machine
+    triplet = f"{machine}-linux-gnu"
+    if root.exists("/etc/debian_version") or root.exists(f"/usr/lib/{triplet}"):
+        return Layout(f"/usr/lib/{triplet}", "/usr/lib/i386-linux-gnu")
+    return Layout("/usr/lib64", _libraries32(root))
+
+
+def _libraries32(root: Root) -> str:
+    if root.exists("/usr/lib32") or not root.exists("/usr/lib"):
+        return "/usr/lib32"
+    return "/usr/lib32" if _is_same(root, "/usr/lib", "/usr/lib64") else "/usr/lib"
+
+
+def _is_same(root: Root, one: str, other: str) -> bool:
+    try:
+        first, second = root.open(one), root.open(other)
+    except OSError:
+        return False
+    try:
+        return os.path.samestat(os.fstat(first), os.fstat(second))
+    finally:
+        os.close(first)
+        os.close(second)
+
+
+def _owner(proc: int) -> tuple[tuple[int, int], bool]:
+    """((uid, gid) of the container's root as we see ids, whether its filesystems belong to a user namespace)."""
+    ours = os.stat("/proc/self/ns/user")
+    theirs = os.stat("ns/user", dir_fd=proc)
+    if os.path.samestat(ours, theirs):
+        with open("/proc/self/uid_map", encoding="ascii") as file:
+            return (0, 0), " ".join(file.read().split()) != _FULL_MAP
+    return (_mapped_root(_read(proc, "uid_map")), _mapped_root(_read(proc, "gid_map"))), True
+
+
+def _mapped_root(id_map: str) -> int:
+    for line in id_map.splitlines():
+        inside, outside, _ = (int(word) for word in line.split())
+        if inside == 0:
+            return outside
+    raise ContainerError("the container's user namespace has no id 0")
+
+
+def _read(proc: int, name: str) -> str:
+    fd = os.open(name, os.O_RDONLY | os.O_CLOEXEC, dir_fd=proc)
+    with os.fdopen(fd, encoding="utf-8", errors="surrogateescape") as file:
+        return file.read()

@@ -1,0 +1,417 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The few kinds of change that are made to a container.
+
+An edit describes itself (`nvhook plan`), prepares itself in the host's mount namespace (opens its source), applies
+itself in the container's, and undoes itself there. Nothing here decides anything: what to do is the plan's business.
+
+All paths are absolute paths in the container; they are resolved below its root by descriptors, never followed at the
+last step. Where something stands in the way that is not what the edit can use, the edit fails and names it.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+
+from .errors import LdcacheError, MountError, reason
+from .linux import bind, ldconfig
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from .config import Config
+    from .container import Container
+
+_NODE_BIND_OPTIONS = ("nosuid", "noexec")
+_CACHE = "/etc/ld.so.cache"
+_MAX_CACHE = 64 << 20
+
+
+class SourceGone(Exception):  # noqa: N818 - not an error yet: the inventory is made again, once
+    """A file of the driver is no longer where the inventory says."""
+
+
+class Edit:
+    """`apply` leaves in `_undo` how to take back what it did, also when it fails half-way."""
+
+    __slots__ = ("_undo",)
+    kind = ""
+
+    def __init__(self) -> None:
+        self._undo: list[Callable[[], None]] = []
+
+    def describe(self) -> dict[str, object]:
+        raise NotImplementedError
+
+    def prepare(self, config: Config) -> None:
+        """In the host's mount namespace: open what is needed of the host. SourceGone when it has gone."""
+
+    def apply(self, container: Container) -> None:
+        """In the container's mount namespace. MountError or LdcacheError."""
+        raise NotImplementedError
+
+    def undo(self) -> None:
+        """Take back, newest first; what cannot be taken back is left, so that the rest still is."""
+        while self._undo:
+            try:
+                self._undo.pop()()
+            except OSError:
+                continue  # the fault that brought us here is the one to report
+
+    def _parent(self, container: Container, path: str) -> tuple[int, str]:
+        """(descriptor of the directory, last component); missing directories are made and remembered."""
+        directory, name = os.path.split(path)
+        made: list[tuple[int, str]] = []
+        try:
+            return container.root.open_directory(directory, made), name
+        finally:
+            for parent, child in made:
+                self._undo.append(_remover(os.rmdir, parent, child))
+                os.close(parent)
+
+    def _create(self, parent: int, name: str) -> None:
+        """An empty file to mount onto."""
+        flags = os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_WRONLY | os.O_CLOEXEC
+        os.close(os.open(name, flags, 0o644, dir_fd=parent))
+        self._undo.append(_remover(os.unlink, parent, name))
+
+
+def _remover(remove: Callable[..., None], parent: int, name: str) -> Callable[[], None]:
+    parent = os.dup(parent)
+
+    def take_back() -> None:
+        try:
+            remove(name, dir_fd=parent)
+        finally:
+            os.close(parent)
+
+    return take_back
+
+
+def _look(parent: int, name: str) -> os.stat_result | None:
+    try:
+        return os.stat(name, dir_fd=parent, follow_symlinks=False)
+    except FileNotFoundError:
+        return None
+
+
+def _kind_of(status: os.stat_result) -> str:
+    names = {
+        stat.S_IFDIR: "a directory",
+        stat.S_IFLNK: "a symbolic link",
+        stat.S_IFREG: "a regular file",
+        stat.S_IFIFO: "a FIFO",
+        stat.S_IFSOCK: "a socket",
+        stat.S_IFCHR: "a character device",
+        stat.S_IFBLK: "a block device",
+    }
+    return names[stat.S_IFMT(status.st_mode)]
+
+
+class Mount(Edit):
+    """A file of the host bound read-only into the container. `source` is an absolute path without links."""
+
+    __slots__ = ("_source", "destination", "options", "source")
+    kind = "mount"
+
+    def __init__(self, source: str, destination: str, options: tuple[str, ...]) -> None:
+        super().__init__()
+        self.source = source
+        self.destination = destination
+        self.options = options
+        self._source: bind.Source | None = None
+
+    def describe(self) -> dict[str, object]:
+        return {
+            "kind": self.kind,
+            "source": self.source,
+            "destination": self.destination,
+            "options": list(self.options),
+        }
+
+    def prepare(self, config: Config) -> None:  # noqa: ARG002 - its path is whole
+        try:
+            self._source = bind.Source(self.source, self.options)
+            if not stat.S_ISREG(os.fstat(self._source.fd).st_mode):
+                raise SourceGone(self.source)
+            self._source.clone()
+        except (FileNotFoundError, NotADirectoryError):
+            raise SourceGone(self.source) from None
+        except OSError as error:
+            raise MountError(f"open `{self.source}`: {reason(error)}") from None
+
+    def apply(self, container: Container) -> None:
+        assert self._source is not None, "prepare() comes first"
+        try:
+            parent, name = self._parent(container, self.destination)
+            try:
+                status = _look(parent, name)
+                if status is None:
+                    self._create(parent, name)
+                elif not stat.S_ISREG(status.st_mode):
+                    raise OSError(errno.EEXIST, f"the image has {_kind_of(status)} there")
+                mounted = self._source.attach(parent, name)
+                self._undo.append(lambda: bind.detach(mounted))
+            finally:
+                os.close(parent)
+        except OSError as error:
+            raise MountError(f"mount `{self.source}` on `{self.destination}`: {reason(error)}") from None
+
+
+class Device(Edit):
+    """A character device node; made with mknod, or bound from the host's where nodes made here cannot be opened."""
+
+    __slots__ = ("_host_path", "_source", "access", "gid", "major", "minor", "mode", "path", "uid")
+    kind = "device"
+
+    def __init__(self, path: str, major: int, minor: int, access: str, *, mode: int, uid: int, gid: int) -> None:
+        super().__init__()
+        self.path = path
+        self.major = major
+        self.minor = minor
+        self.access = access
+        self.mode = mode
+        self.uid = uid
+        self.gid = gid
+        self._host_path = ""
+        self._source: bind.Source | None = None
+
+    def describe(self) -> dict[str, object]:
+        return {
+            "kind": self.kind,
+            "path": self.path,
+            "type": "c",
+            "major": self.major,
+            "minor": self.minor,
+            "access": self.access,
+        }
+
+    def rule(self) -> dict[str, object]:
+        """The entry of linux.resources.devices that lets the container open it (OCI, config-linux.md)."""
+        return {"allow": True, "type": "c", "major": self.major, "minor": self.minor, "access": self.access}
+
+    def prepare(self, config: Config) -> None:
+        """Hold the host's node, in case it has to be bound. That there is none, or another, is found out then."""
+        self._host_path = os.path.join(config.dev_root, self.path.lstrip("/"))
+        try:
+            self._source = bind.Source(self._host_path, _NODE_BIND_OPTIONS)
+            if self._is_this(os.fstat(self._source.fd)):
+                self._source.clone()
+            else:
+                self._source.close()
+                self._source = None
+        except OSError:
+            self._source = None
+
+    def apply(self, container: Container) -> None:
+        try:
+            parent, name = self._parent(container, self.path)
+            try:
+                self._place(container, parent, name)
+            finally:
+                os.close(parent)
+        except OSError as error:
+            raise MountError(f"make device `{self.path}`: {reason(error)}") from None
+
+    def _place(self, container: Container, parent: int, name: str) -> None:
+        status = _look(parent, name)
+        if status is not None and not self._is_this(status) and not stat.S_ISREG(status.st_mode):
+            raise OSError(errno.EEXIST, f"the image has {_kind_of(status)} there")
+        nodev = container.in_userns or os.fstatvfs(parent).f_flag & os.ST_NODEV
+        if status is not None and self._is_this(status) and not nodev:
+            return  # the runtime made it, from the spec
+        if status is not None or nodev or not self._make_node(parent, name):
+            self._bind(parent, name, is_there=status is not None)
+
+    def _make_node(self, parent: int, name: str) -> bool:
+        """False where mknod is not allowed."""
+        try:
+            os.mknod(name, stat.S_IFCHR | self.mode, os.makedev(self.major, self.minor), dir_fd=parent)
+        except PermissionError:
+            return False
+        self._undo.append(_remover(os.unlink, parent, name))
+        fd = os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=parent)
+        try:
+            if not self._is_this(os.fstat(fd)):
+                raise OSError(errno.ESTALE, "replaced while it was made")
+            # mknod's mode goes through the umask, and O_PATH descriptors take no fchmod.
+            os.chmod(f"/proc/self/fd/{fd}", self.mode)
+            os.chown(f"/proc/self/fd/{fd}", self.uid, self.gid)
+        finally:
+            os.close(fd)
+        return True
+
+    def _bind(self, parent: int, name: str, *, is_there: bool) -> None:
+        if self._source is None:
+            raise OSError(errno.ENODEV, f"has to be bound, and `{self._host_path}` is not {self.major}:{self.minor}")
+        if not is_there:
+            self._create(parent, name)
+        mounted = self._source.attach(parent, name)
+        self._undo.append(lambda: bind.detach(mounted))
+
+    def _is_this(self, status: os.stat_result) -> bool:
+        return stat.S_ISCHR(status.st_mode) and status.st_rdev == os.makedev(self.major, self.minor)
+
+
+class Symlink(Edit):
+    """A link beside a mounted library. `target` is the name of a file in the same directory."""
+
+    __slots__ = ("path", "target")
+    kind = "symlink"
+
+    def __init__(self, path: str, target: str) -> None:
+        super().__init__()
+        self.path = path
+        self.target = target
+
+    def describe(self) -> dict[str, object]:
+        return {"kind": self.kind, "path": self.path, "target": self.target}
+
+    def apply(self, container: Container) -> None:
+        try:
+            parent, name = self._parent(container, self.path)
+            try:
+                self._place(parent, name)
+            finally:
+                os.close(parent)
+        except OSError as error:
+            raise MountError(f"link `{self.path}` to `{self.target}`: {reason(error)}") from None
+
+    def _place(self, parent: int, name: str) -> None:
+        """Missing: made. Another link: replaced. A file of the image, or the empty one of an earlier mount: covered."""
+        status = _look(parent, name)
+        if status is None:
+            os.symlink(self.target, name, dir_fd=parent)
+            self._undo.append(_remover(os.unlink, parent, name))
+        elif stat.S_ISLNK(status.st_mode):
+            if os.readlink(name, dir_fd=parent) != self.target:
+                self._replace(parent, name)
+        elif stat.S_ISREG(status.st_mode):
+            self._cover(parent, name)
+        else:
+            raise OSError(errno.EEXIST, f"the image has {_kind_of(status)} there")
+
+    def _replace(self, parent: int, name: str) -> None:
+        former = os.readlink(name, dir_fd=parent)
+        self._swap(parent, name, self.target)
+        kept = os.dup(parent)
+
+        def take_back() -> None:
+            try:
+                self._swap(kept, name, former)
+            finally:
+                os.close(kept)
+
+        self._undo.append(take_back)
+
+    @staticmethod
+    def _swap(parent: int, name: str, target: str) -> None:
+        beside = f".{name}.nvhook"
+        os.symlink(target, beside, dir_fd=parent)
+        try:
+            os.rename(beside, name, src_dir_fd=parent, dst_dir_fd=parent)
+        except OSError:
+            os.unlink(beside, dir_fd=parent)
+            raise
+
+    def _cover(self, parent: int, name: str) -> None:
+        """The image's own file stays as it is below the mount: it may be in a layer that others share."""
+        path = f"/proc/self/fd/{parent}/{self.target}"
+        source = bind.Source(path, ("ro", "nosuid", "nodev"))
+        try:
+            if not stat.S_ISREG(os.fstat(source.fd).st_mode):
+                raise OSError(errno.EEXIST, f"`{self.target}` beside it is no regular file")
+            source.clone()
+            mounted = source.attach(parent, name)
+        finally:
+            source.close()
+        self._undo.append(lambda: bind.detach(mounted))
+
+
+class Ldcache(Edit):
+    """The container's linker cache, made anew with `directories` first."""
+
+    __slots__ = ("_program", "directories")
+    kind = "ldcache"
+
+    def __init__(self, directories: tuple[str, ...]) -> None:
+        super().__init__()
+        self.directories = directories
+        self._program = -1
+
+    def describe(self) -> dict[str, object]:
+        return {"kind": self.kind, "directories": list(self.directories)}
+
+    def prepare(self, config: Config) -> None:
+        """Hold a sealed copy of the host's ldconfig; an empty path in config.toml means that no cache is wanted."""
+        if not config.ldconfig:
+            return
+        try:
+            self._program = ldconfig.seal(config.ldconfig)
+        except OSError as error:
+            raise LdcacheError(
+                f"read the host's `{config.ldconfig}`: {reason(error)}",
+                "set `nvidia-container-cli.ldconfig` in config.toml to where it is",
+            ) from None
+
+    def apply(self, container: Container) -> None:
+        if self._program < 0:
+            return
+        try:
+            etc, name = self._parent(container, _CACHE)
+            try:
+                self._remember(etc, name)
+            finally:
+                os.close(etc)
+            ldconfig.run(
+                self._program,
+                container.rootfs,
+                container.root,
+                self.directories,
+                (container.uid, container.gid),
+            )
+        except OSError as error:
+            raise LdcacheError(f"make `{_CACHE}` of `{container.rootfs}`: {reason(error)}") from None
+
+    def _remember(self, etc: int, name: str) -> None:
+        """ldconfig writes a new file and renames it over the cache: the old one lives on in our descriptor."""
+        status = _look(etc, name)
+        if status is None:
+            self._undo.append(_remover(os.unlink, etc, name))
+        elif stat.S_ISREG(status.st_mode) and status.st_size <= _MAX_CACHE:
+            former = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=etc)
+            directory = os.dup(etc)
+            self._undo.append(lambda: _restore(directory, name, former, status))
+        else:
+            raise OSError(errno.EEXIST, f"the image has {_kind_of(status)} there")
+
+
+def _restore(directory: int, name: str, former: int, status: os.stat_result) -> None:
+    beside = f".{name}.nvhook"
+    flags = os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_WRONLY | os.O_CLOEXEC
+    fd = os.open(beside, flags, stat.S_IMODE(status.st_mode), dir_fd=directory)
+    try:
+        while os.sendfile(fd, former, None, 1 << 20):
+            pass
+        os.fchmod(fd, stat.S_IMODE(status.st_mode))
+        os.utime(fd, ns=(status.st_atime_ns, status.st_mtime_ns))
+    finally:
+        os.close(fd)
+        os.close(former)
+    os.rename(beside, name, src_dir_fd=directory, dst_dir_fd=directory)
+    os.close(directory)
+
+
+def apply(edits: list[Edit], container: Container) -> None:
+    """All of them in order, or none: the first failure undoes those before it, in reverse, and is raised."""
+    done: list[Edit] = []
+    try:
+        for edit in edits:
+            done.append(edit)
+            edit.apply(container)
+    except BaseException:
+        for edit in reversed(done):
+            edit.undo()
+        raise

@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From what is asked for and what there is to a list of edits. Pure: no file is looked at, nothing is changed.
+
+The order of the list is the order of application: libraries and binaries, the links to them, device nodes, and the
+linker cache last, when everything it shall list is in place. Two runs on one host give the same list.
+"""
+
+from __future__ import annotations
+
+from .edits import Device, Edit, Ldcache, Mount, Symlink
+from .errors import DeviceError, DriverError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from .container import Layout
+    from .driver import Driver, Library
+    from .gpus import Gpu, Gpus
+    from .request import Request
+
+_READ_ONLY = ("ro", "nosuid", "nodev")
+
+# What a program may open by a name that is neither the file's nor its SONAME: SONAME -> that name, and its target.
+_FURTHER_LINKS = {
+    "libcuda.so.1": ("libcuda.so", "libcuda.so.1"),
+    "libnvidia-opticalflow.so.1": ("libnvidia-opticalflow.so", "libnvidia-opticalflow.so.1"),
+    "libGLX_nvidia.so.0": ("libGLX_indirect.so.0", "libGLX_nvidia.so.0"),
+}
+
+# Without these the capability is not there at all; the libraries of the others differ from driver to driver.
+_INDISPENSABLE = {"compute": "libcuda.so.1", "utility": "libnvidia-ml.so.1"}
+
+
+def make(request: Request, chosen: list[Gpu], gpus: Gpus, driver: Driver, layout: Layout) -> list[Edit]:
+    """The edits for a container of this `layout`. DriverError or DeviceError where the host lacks a part."""
+    libraries = _libraries(request, driver)
+    edits: list[Edit] = []
+    directories = []
+    for library in libraries:
+        directory = layout.libraries if library.bits == 64 else layout.libraries32
+        edits.append(Mount(library.path, f"{directory}/{library.name}", _READ_ONLY))
+        if directory not in directories:
+            directories.append(directory)
+    edits += [
+        Mount(binary.path, f"{layout.binaries}/{binary.name}", _READ_ONLY)
+        for binary in driver.binaries
+        if binary.capability in request.capabilities
+    ]
+    for library in libraries:
+        edits += _links(library, layout.libraries if library.bits == 64 else layout.libraries32)
+    edits += devices(request, chosen, gpus)
+    if directories:
+        edits.append(Ldcache(tuple(directories)))
+    return edits
+
+
+def devices(request: Request, chosen: list[Gpu], gpus: Gpus) -> list[Device]:
+    """The device nodes: control, unified memory and mode setting as the capabilities say, one for each GPU."""
+    uid, gid, mode = gpus.node_owner
+
+    def node(name: str, major: int, minor: int) -> Device:
+        return Device(f"/dev/{name}", major, minor, "rw", mode=mode, uid=uid, gid=gid)
+
+    control = gpus.majors.get("nvidia", gpus.majors.get("nvidia-frontend", 195))
+    nodes = [node(f"nvidia{gpu.minor}", control, gpu.minor) for gpu in chosen]
+    nodes.append(node("nvidiactl", control, 255))
+    if "compute" in request.capabilities or "video" in request.capabilities:
+        major = gpus.majors.get("nvidia-uvm")
+        if major is None:
+            raise DeviceError(
+                "compute is asked for and the nvidia-uvm kernel module is not loaded",
+                "load it with `nvidia-modprobe -u -c 0` or `modprobe nvidia-uvm`",
+            )
+        nodes += [node("nvidia-uvm", major, 0), node("nvidia-uvm-tools", major, 1)]
+    if "display" in request.capabilities and "nvidia-modeset" in gpus.majors:
+        nodes.append(node("nvidia-modeset", gpus.majors["nvidia-modeset"], 254))
+    return nodes
+
+
+def _libraries(request: Request, driver: Driver) -> list[Library]:
+    asked = set(request.capabilities)
+    for capability, soname in _INDISPENSABLE.items():
+        if capability in asked and not any(item.soname == soname and item.bits == 64 for item in driver.libraries):
+            raise DriverError(
+                f"`{capability}` is asked for and driver {driver.version} on this host has no {soname}",
+                "install the driver package that holds it",
+            )
+    return [
+        library
+        for library in driver.libraries
+        if asked & set(library.capabilities) and (library.bits == 64 or "compat32" in asked)
+    ]
+
+
+def _links(library: Library, directory: str) -> list[Symlink]:
+    links = []
+    if library.soname and library.soname != library.name:
+        links.append(Symlink(f"{directory}/{library.soname}", library.name))
+    if library.soname in _FURTHER_LINKS:
+        name, target = _FURTHER_LINKS[library.soname]
+        links.append(Symlink(f"{directory}/{name}", target))
+    return links

@@ -1,0 +1,142 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The main job, run by the low-level runtime between the making of a container and its start.
+
+    state + config.json -> request -> gpus -> driver -> plan -> edits, applied in the container
+
+`prepare` is all of it that happens in the host's namespace; after `Container.enter` nothing is imported, and no path
+is looked up from `/`.
+"""
+
+from __future__ import annotations
+
+import sys
+
+from . import config as configuration
+from . import container as containers
+from . import driver as drivers
+from . import edits as editing
+from . import gpus as hosts
+from . import plan, request, spec
+from .errors import ContainerError, DriverError, NvhookError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from .config import Config
+    from .container import Container
+    from .request import Request
+
+_USAGE = "usage: nvidia-container-runtime-hook [--config FILE] [--version] prestart|poststart|poststop"
+
+
+def main(arguments: list[str], default_config: str) -> int:
+    """The command nvidia-container-runtime-hook: 0 done or nothing to do, 1 an error on stderr, 2 usage."""
+    parsed = _parse(arguments)
+    if parsed is None:
+        print(_USAGE, file=sys.stderr)
+        return 2
+    command, config_path = parsed
+    if command == "version":
+        from .version import VERSION
+
+        print(f"NVIDIA Container Runtime Hook version {VERSION} (nvhook)")
+        return 0
+    if command != "prestart":
+        return 0
+    warnings: list[str] = []
+    try:
+        config = configuration.load(config_path or default_config, must_exist=bool(config_path))
+        warnings += config.warnings
+        prestart(config, warnings)
+        return 0
+    except NvhookError as error:
+        print(f"nvidia-container-runtime-hook: {error}", file=sys.stderr)
+        return 1
+    finally:
+        for warning in warnings:
+            print(f"nvidia-container-runtime-hook: warning: {warning}", file=sys.stderr)
+
+
+def _parse(arguments: list[str]) -> tuple[str, str] | None:
+    """(command, configuration file or empty); None for a usage error. NVIDIA's hook takes one dash as well as two."""
+    command, config_path = "", ""
+    words = iter(arguments)
+    for word in words:
+        name, equals, value = word.lstrip("-").partition("=")
+        if not word.startswith("-"):
+            command = command or word
+        elif name == "config":
+            config_path = value if equals else next(words, "")
+            if not config_path:
+                return None
+        elif name == "version":
+            command = "version"
+        elif name != "debug":
+            return None
+    if command not in ("prestart", "poststart", "poststop", "version"):
+        return None
+    return command, config_path
+
+
+def prestart(config: Config, warnings: list[str]) -> None:
+    """Give the container on stdin what it asks for, or nothing and an NvhookError."""
+    state = spec.read_state(sys.stdin.fileno())
+    described = spec.parse(spec.read_config(state.bundle)[0], state.bundle)
+    asked = request.read(described, config, warnings)
+    if asked is None:
+        return
+    container = containers.find(state, described)
+    edits = prepare(config, asked, container, warnings)
+    undo_access = _allow(edits, described, config, container)
+    try:
+        container.enter()
+        editing.apply(edits, container)
+    except BaseException:
+        undo_access()
+        raise
+
+
+def prepare(config: Config, asked: Request, container: Container, warnings: list[str]) -> list[editing.Edit]:
+    """The edits, their sources open. An inventory that names a file which has gone is made again, once."""
+    gpus = hosts.read(config.proc_root)
+    chosen = hosts.select(asked.devices, gpus.gpus)
+    for again in (False, True):
+        driver = drivers.load(config, gpus.driver_version, warnings, again=again)
+        edits = plan.make(asked, chosen, gpus, driver, container.layout)
+        try:
+            _prepare(edits, config)
+            return edits
+        except editing.SourceGone as gone:
+            lost = str(gone)
+    raise DriverError(f"`{lost}` disappeared while the container was prepared", "reinstall the driver")
+
+
+def _prepare(edits: list[editing.Edit], config: Config) -> None:
+    for edit in edits:
+        edit.prepare(config)
+
+
+def _allow(edits: list[editing.Edit], described: spec.Spec, config: Config, container: Container) -> Callable[[], None]:
+    """Open the device cgroup for nodes that the spec's own rules do not cover; the answer takes that back.
+
+    The wrapper writes the rules into the spec, where the runtime and systemd know them. Without it (dockerd's
+    --gpus, hooks.d) the cgroup itself is all that is left. In a user namespace it is not ours to change.
+    """
+    missing = [
+        edit for edit in edits if isinstance(edit, editing.Device) and not described.allows(edit.major, edit.minor)
+    ]
+    if not missing or config.no_cgroups or container.in_userns:
+        return lambda: None
+    from .linux import cgroups  # only where there was no wrapper
+
+    try:
+        return cgroups.allow(
+            container.proc, [cgroups.Rule("c", edit.major, edit.minor, edit.access) for edit in missing]
+        )
+    except (OSError, ValueError) as error:
+        why = error.strerror if isinstance(error, OSError) and error.strerror else error
+        raise ContainerError(
+            f"allow {', '.join(edit.path for edit in missing)} in the device cgroup: {why}",
+            "start the container with --runtime=nvidia, which writes the rules into its configuration",
+        ) from None
