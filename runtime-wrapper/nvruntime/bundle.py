@@ -1,0 +1,81 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The bundle: which one the command line means, and its config.json, changed and put back in one step.
+
+The document is kept as it is parsed, so that what we do not know survives (order included).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+
+from nvhook.errors import SpecError, reason
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from nvhook.spec import Json
+
+# Names under which NVIDIA's hook, and ours, are found in a spec (dockerd's --gpus puts one there).
+HOOK_NAMES = ("nvidia-container-runtime-hook", "nvidia-container-toolkit")
+
+
+def directory(arguments: list[str]) -> str:
+    """The absolute path that the last `--bundle`/`-b` of runc's command line names; without one, here.
+
+    SpecError when the option is the last word.
+    """
+    bundle = ""
+    words = iter(arguments)
+    for word in words:
+        name, equals, value = word.partition("=")
+        if not name.startswith("-") or name.lstrip("-") not in ("b", "bundle"):
+            continue
+        bundle = value if equals else next(words, "")
+        if not bundle and not equals:
+            raise SpecError(f"`{word}` is the last word of the command line: bundle option requires an argument")
+    return os.path.abspath(bundle or ".")
+
+
+def add_hook(config: Json, path: str, arguments: list[str], env: list[str]) -> None:
+    """Make `path` the one NVIDIA hook among the prestart hooks, in the place of those that are there."""
+    hooks = config.setdefault("hooks", None) or {}
+    config["hooks"] = hooks
+    ours = {"path": path, "args": [os.path.basename(path), *arguments], "env": env}
+    others: list[Json] = []
+    place = None
+    for hook in hooks.get("prestart") or []:
+        if os.path.basename(str(hook.get("path"))) in HOOK_NAMES:
+            place = len(others) if place is None else place
+        else:
+            others.append(hook)
+    others.insert(len(others) if place is None else place, ours)
+    hooks["prestart"] = others
+
+
+def add_device_rules(config: Json, rules: list[dict[str, object]]) -> None:
+    """Append to linux.resources.devices, where the last rule that matches decides; none that is there twice."""
+    linux = config["linux"] = config.get("linux") or {}
+    resources = linux["resources"] = linux.get("resources") or {}
+    present = resources.get("devices") or []
+    resources["devices"] = [rule for rule in present if rule not in rules] + rules
+
+
+def write(bundle: str, config: Json, former: os.stat_result) -> None:
+    """Replace config.json, with the former one's owner and mode; SpecError, and nothing changed, if that fails."""
+    path = os.path.join(bundle, "config.json")
+    beside = f"{path}.nvhook.{os.getpid()}"
+    try:
+        fd = os.open(beside, os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_WRONLY | os.O_CLOEXEC, 0o600)
+        try:
+            with open(fd, "wb") as file:
+                file.write(
+                    json.dumps(config, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "surrogatepass")
+                )
+                os.fchown(fd, former.st_uid, former.st_gid)
+                os.fchmod(fd, former.st_mode & 0o7777)
+            os.rename(beside, path)
+        except OSError:
+            os.unlink(beside)
+            raise
+    except OSError as error:
+        raise SpecError(f"write `{path}`: {reason(error)}") from None

@@ -1,0 +1,147 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`create` and `run`: give the container's config.json our hook and its device rules, then become the runtime.
+
+The launcher (POSIX sh) has found the low-level runtime and passes everything else through. A container that asks for
+nothing keeps its config.json byte for byte.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+from nvhook import config as configuration
+from nvhook import request, spec
+from nvhook.errors import NvhookError, RuntimeLookupError, reason
+
+from . import bundle
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from nvhook.config import Config
+
+# What the hook's process finds in its environment: nothing of the image's, and never nothing at all, because an
+# empty list means to some runtimes that the hook inherits theirs (CVE-2025-23266).
+HOOK_ENV = ["PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"]
+
+
+def main(hook: str, config_path: str, candidates: str, runtime: str, arguments: list[str]) -> int:
+    """Does not return when all is well: the process is then the low-level `runtime` with `arguments`.
+
+    hook          absolute path of nvidia-container-runtime-hook
+    config_path   config.toml; that of NVHOOK_CONFIG, if set, must exist
+    candidates    what was looked for as the low-level runtime, separated by colons; `runtime` is empty if none is there
+    """
+    warnings: list[str] = []
+    log = Log(arguments)
+    try:
+        config = _load(config_path)
+        log.also(config.log_file)
+        warnings += config.warnings
+        if not runtime:
+            raise RuntimeLookupError(
+                f"no runtime binary found from candidate list: [{candidates}]",
+                "install runc, or set `nvidia-container-runtime.runtimes` in config.toml",
+            )
+        edit(arguments, hook, config, warnings)
+        log.warn(warnings)
+        become(runtime, arguments)
+    except NvhookError as error:
+        log.warn(warnings)
+        log.write("error", str(error))
+        print(f"nvidia-container-runtime: {error}", file=sys.stderr)
+    return 1
+
+
+def become(runtime: str, arguments: list[str]) -> None:
+    """Replace this process, its environment unchanged; RuntimeLookupError where that does not work."""
+    try:
+        os.execv(runtime, [runtime, *arguments])
+    except OSError as error:
+        raise RuntimeLookupError(f"execute `{runtime}`: {reason(error)}") from None
+
+
+def candidates(config_path: str) -> int:
+    """Print `nvidia-container-runtime.runtimes`, separated by colons, for the launcher."""
+    try:
+        print(":".join(_load(config_path).runtimes))
+    except NvhookError as error:
+        print(f"nvidia-container-runtime: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _load(config_path: str) -> Config:
+    chosen = os.environ.get("NVHOOK_CONFIG")
+    return configuration.load(chosen or config_path, must_exist=bool(chosen))
+
+
+def edit(arguments: list[str], hook: str, config: Config, warnings: list[str]) -> None:
+    """Change the config.json of the bundle that `arguments` name, if its container asks for GPUs."""
+    place = bundle.directory(arguments)
+    document, status = spec.read_config(place)
+    described = spec.parse(document, place)
+    asked = request.read(described, config, warnings)
+    if asked is None:
+        return
+    from nvhook import gpus, plan  # only for a container that asks
+
+    host = gpus.read(config.proc_root)
+    nodes = plan.devices(asked, gpus.select(asked.devices, host.gpus), host)
+    if not config.no_cgroups:
+        bundle.add_device_rules(document, [node.rule() for node in nodes])
+    which = ["--config", os.path.abspath(config.path)] if config.path else []
+    bundle.add_hook(document, hook, [*which, "prestart"], HOOK_ENV)
+    bundle.write(place, document, status)
+
+
+class Log:
+    """The files that the engine reads to tell its user why a container did not start: runc's `--log`, in its format.
+
+    A log that cannot be written is no reason not to start a container, and there is nowhere to say so.
+    """
+
+    __slots__ = ("_is_json", "_paths")
+
+    def __init__(self, arguments: list[str]) -> None:
+        self._paths = [path for path in [_option(arguments, "log")] if path]
+        self._is_json = _option(arguments, "log-format") == "json"
+
+    def also(self, path: str) -> None:
+        """`nvidia-container-runtime.debug` of config.toml."""
+        if path and path != "/dev/null":
+            self._paths.append(path)
+
+    def warn(self, warnings: list[str]) -> None:
+        for warning in warnings:
+            self.write("warning", warning)
+        warnings.clear()
+
+    def write(self, level: str, message: str) -> None:
+        for path in self._paths:
+            try:
+                fd = os.open(path, os.O_CREAT | os.O_APPEND | os.O_WRONLY | os.O_CLOEXEC, 0o644)
+                with open(fd, "wb") as file:
+                    file.write(self._line(level, message).encode("utf-8", "backslashreplace"))
+            except OSError:
+                continue
+
+    def _line(self, level: str, message: str) -> str:
+        from json import dumps
+        from time import gmtime, strftime
+
+        message = f"nvidia-container-runtime: {message}"
+        time = strftime("%Y-%m-%dT%H:%M:%SZ", gmtime())
+        if self._is_json:
+            return dumps({"level": level, "msg": message, "time": time}) + "\n"
+        return f"time={dumps(time)} level={level} msg={dumps(message)}\n"
+
+
+def _option(arguments: list[str], name: str) -> str:
+    """The value of `--name value` or `--name=value` among runc's options; the last one, or empty."""
+    found = ""
+    for index, word in enumerate(arguments):
+        option, equals, value = word.partition("=")
+        if option in (f"-{name}", f"--{name}"):
+            found = value if equals else "".join(arguments[index + 1 : index + 2])
+    return found
