@@ -12,6 +12,7 @@ and sizes in the file decide how much they read.
 from __future__ import annotations
 
 import os
+import struct
 
 _MAX_SEGMENTS = 256
 _MAX_DYNAMIC = 64 << 10  # bytes; libLLVM has 600
@@ -29,7 +30,7 @@ _MACHINES = {
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from typing import Any, BinaryIO
+    from typing import Any, BinaryIO  # noqa: TID251 - never at run time
 
 
 class Elf:
@@ -117,9 +118,9 @@ class _File:
 def _header(file: _File) -> tuple[Any, Any]:
     """(the ELF header, pyelftools' layouts for this class and byte order)."""
     # Inside: 50 ms to import, and needed once per driver, not once per container.
-    from io import BytesIO  # noqa: PLC0415
+    from io import BytesIO
 
-    from elftools.elf.elffile import ELFFile  # noqa: PLC0415
+    from elftools.elf.elffile import ELFFile
 
     try:
         elffile = ELFFile(BytesIO(file.start(64)))  # the header of the 64-bit class has 64 bytes
@@ -147,7 +148,7 @@ def _records(layout: Any, data: bytes) -> list[Any]:
 
 
 def _machine(header: Any, structs: Any) -> str:
-    from elftools.elf.enums import ENUM_E_MACHINE  # noqa: PLC0415
+    from elftools.elf.enums import ENUM_E_MACHINE
 
     machine = header["e_machine"]  # pyelftools' name, or the number where it has none
     known = _MACHINES.get((machine, structs.elfclass, structs.little_endian))
@@ -235,7 +236,7 @@ def _abi(file: _File, segments: list[Any], structs: Any) -> tuple[int, int, int]
 
 def _abi_among(data: bytes, align: int, structs: Any) -> tuple[int, int, int] | None:
     """`data` is a row of notes: sizes of name and description, type; name; description; each part aligned."""
-    order = "little" if structs.little_endian else "big"
+    words = "<4I" if structs.little_endian else ">4I"
     header_size = structs.Elf_Nhdr.sizeof()
     place = 0
     while place + header_size <= len(data):
@@ -245,8 +246,8 @@ def _abi_among(data: bytes, align: int, structs: Any) -> tuple[int, int, int] | 
         end = start + note["n_descsz"]
         name = data[name_start : name_start + note["n_namesz"]]
         if note["n_type"] == "NT_GNU_ABI_TAG" and name == b"GNU\0" and end - start >= 16 and end <= len(data):
-            system, *version = (int.from_bytes(data[at : at + 4], order) for at in range(start, start + 16, 4))
-            return (version[0], version[1], version[2]) if system == 0 else None  # 0 is Linux
+            system, major, minor, patch = struct.unpack_from(words, data, start)
+            return (major, minor, patch) if system == 0 else None  # 0 is Linux
         place = _aligned(end, align)
     return None
 

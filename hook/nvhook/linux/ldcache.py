@@ -91,7 +91,7 @@ def _start(data: bytes) -> int:
     if len(data) < _OLD_HEADER.size:
         raise ValueError(f"truncated: {len(data)} bytes end inside the header")
     _, count = _OLD_HEADER.unpack_from(data)
-    end = _OLD_HEADER.size + count * _OLD_ENTRY_SIZE
+    end: int = _OLD_HEADER.size + count * _OLD_ENTRY_SIZE
     if end > len(data):
         raise ValueError(f"truncated: {count} entries of the old format do not fit in {len(data)} bytes")
     start = end + -end % _ALIGNMENT
