@@ -240,9 +240,9 @@ def _examine(root: Root, path: str, version: str, seen: set[tuple[int, int]]) ->
         real = os.readlink(f"/proc/self/fd/{fd}")
         if not stat.S_ISREG(status.st_mode) or (status.st_dev, status.st_ino) in seen:
             return None, False
-        seen.add((status.st_dev, status.st_ino))
         if not real.endswith(f".so.{version}"):
             return None, False
+        seen.add((status.st_dev, status.st_ino))
         header = _read_elf(fd, real)
     finally:
         os.close(fd)
@@ -291,12 +291,17 @@ def _binaries(root: Root, directories: list[str]) -> list[Binary]:
 
 
 def _program(root: Root, path: str) -> str:
+    """The real path of a program for this machine; empty for a script, which would name places of the host."""
     try:
-        fd = root.open(path)
+        fd = root.open(path, os.O_RDONLY | os.O_NONBLOCK)
     except OSError:
         return ""
     try:
-        mode = os.fstat(fd).st_mode
-        return os.readlink(f"/proc/self/fd/{fd}") if stat.S_ISREG(mode) and mode & 0o111 else ""
+        status = os.fstat(fd)
+        if not stat.S_ISREG(status.st_mode) or not status.st_mode & 0o111:
+            return ""
+        real = os.readlink(f"/proc/self/fd/{fd}")
+        header = _read_elf(fd, real)
+        return real if header is not None and header.machine in _MACHINES else ""
     finally:
         os.close(fd)
