@@ -139,6 +139,9 @@ def _pivot(rootfs: str, root: Root) -> None:
     os.chdir(rootfs)
     if not os.path.samestat(os.stat("."), os.fstat(root.fd)):
         raise OSError(errno.ESTALE, "another directory than the container's", rootfs)
+    # A mount that came from a user namespace's mount namespace is locked; one that we make is ours to pivot into.
+    kernel.mount(".", ".", None, kernel.MS_BIND | kernel.MS_REC)
+    os.chdir(rootfs)
     kernel.pivot_root(".", ".")
     kernel.umount2(".", kernel.MNT_DETACH)
     os.chroot(".")
