@@ -1,0 +1,244 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Prove nvhook on a machine with a real NVIDIA GPU: `python3 tests/gpu/prove.py`, as root.
+
+Real containers are started with runc and crun (whichever are there), their images made of this machine's own files. What
+each sees is compared with what the host sees, a CUDA program compiled on the spot computes in a container, and the
+host's mount table and files are compared before and after. One line a check; exit 1 if one fails.
+
+Needs busybox (static), pyelftools in build/packages (scripts/setup) or NVHOOK_PACKAGES, and nvcc for the CUDA program.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from containers import REPOSITORY, Bundle, add_program, make_image
+
+# What a start could leave behind, or change by mistake: every place that edits are aimed at, as the host has it.
+_WATCHED = ("/dev", "/etc", "/usr/bin", "/usr/sbin", "/usr/lib", "/lib64", "/usr/local/nvidia", "/var/lib", "/opt")
+
+_OPEN = 'for n in "$@"; do (: <"$n") 2>&1 && echo "$n: open"; done'
+
+
+class Proof:
+    def __init__(self, installed: Path, config: Path, runtimes: list[str], place: Path) -> None:
+        self.wrapper = installed / "bin/nvidia-container-runtime"
+        self.hook = installed / "bin/nvidia-container-runtime-hook"
+        self.config = config
+        self.runtimes = runtimes
+        self.place = place
+        self.failures = 0
+        self.count = 0
+
+    def check(self, what: str, *, holds: bool, shown: str = "") -> None:
+        self.failures += not holds
+        print(f"{'ok  ' if holds else 'FAIL'}  {what}")
+        if shown.strip() and not holds:
+            print("      " + shown.strip().replace("\n", "\n      "))
+
+    def bundle(self, image: Path) -> Bundle:
+        """A bundle over a copy of `image`, so that every container begins with the same files."""
+        self.count += 1
+        rootfs = self.place / f"root{self.count}"
+        shutil.copytree(image, rootfs, symlinks=True)
+        return Bundle(self.place / f"bundle{self.count}", rootfs)
+
+    def config_for(self, runtime: str) -> Path:
+        path = self.config.with_name(f"config-{Path(runtime).name}.toml")
+        lines = [line for line in self.config.read_text().splitlines() if not line.startswith("runtimes")]
+        place = lines.index("[nvidia-container-runtime]") + 1
+        lines.insert(place, f"runtimes = [{json.dumps(runtime)}]")
+        path.write_text("\n".join(lines) + "\n")
+        return path
+
+    def start(self, image: Path, runtime: str, script: str, devices: str | None) -> subprocess.CompletedProcess[str]:
+        env = {} if devices is None else {"NVIDIA_VISIBLE_DEVICES": devices}
+        bundle = self.bundle(image).write(["/bin/sh", "-c", script], env)
+        return bundle.run(self.config_for(runtime), runtime=runtime, wrapper=self.wrapper)
+
+
+def prove_runtime(proof: Proof, runtime: str, images: dict[str, Path], host_list: str, cuda: bool) -> None:
+    name = Path(runtime).name
+    debian = images["debian"]
+    for family, image in images.items():
+        result = proof.start(image, runtime, "nvidia-smi -L", "all")
+        what = f"{name}: nvidia-smi -L in the {family} image equals the host's"
+        proof.check(what, holds=result.stdout == host_list, shown=result.stdout + result.stderr)
+    result = proof.start(debian, runtime, "ldconfig -p", "all")
+    names = [line.split()[0] for line in result.stdout.splitlines()[1:] if line.strip()]
+    holds = "libcuda.so.1" in names and "libc.so.6" in names
+    proof.check(f"{name}: ldconfig -p names libcuda.so.1 and keeps libc.so.6", holds=holds, shown=result.stdout)
+    if cuda:
+        result = proof.start(debian, runtime, "sums", "all")
+        print("      " + result.stdout.strip())
+        proof.check(f"{name}: the CUDA program's sums are right", holds=result.returncode == 0, shown=result.stderr)
+    result = proof.start(debian, runtime, "ls /dev; nvidia-smi -L", "none")
+    holds = "No devices found" in result.stdout and "nvidia0" not in result.stdout
+    proof.check(f"{name}: with `none` no device is listed", holds=holds, shown=result.stdout + result.stderr)
+    result = proof.start(debian, runtime, "ls /dev /usr/bin", None)
+    holds = result.returncode == 0 and "nvidia" not in result.stdout
+    proof.check(
+        f"{name}: without a request nothing of the driver is there", holds=holds, shown=result.stdout + result.stderr
+    )
+    script = "mknod /dev/other c 195 100 && cat </dev/other"
+    result = proof.start(debian, runtime, script, "all")
+    holds = "not permitted" in result.stderr
+    proof.check(
+        f"{name}: another GPU's node made by hand is denied (EPERM)", holds=holds, shown=result.stdout + result.stderr
+    )
+    result = proof.start(debian, runtime, "true", "4711")
+    holds = result.returncode == 1 and "unknown device `4711`" in result.stderr
+    proof.check(f"{name}: an unknown device is refused with a line that says so", holds=holds, shown=result.stderr)
+
+
+def prove_hook_alone(proof: Proof, runtime: str, image: Path, host_list: str) -> None:
+    """As dockerd's --gpus does it: the hook is in the spec, no wrapper has seen it, the cgroup is not yet open."""
+    bundle = proof.bundle(image).write(["/bin/sh", "-c", "nvidia-smi -L"], {"NVIDIA_VISIBLE_DEVICES": "all"})
+    bundle.config["hooks"] = {
+        "prestart": [
+            {
+                "path": str(proof.hook),
+                "args": ["nvidia-container-runtime-hook", "--config", str(proof.config), "prestart"],
+                "env": ["PATH=/usr/bin:/bin"],
+            }
+        ]
+    }
+    bundle.write()
+    result = bundle.run(proof.config, runtime=runtime, wrapper=Path(runtime))
+    what = f"{Path(runtime).name}: the hook alone, without the wrapper (docker run --gpus)"
+    proof.check(what, holds=result.stdout == host_list, shown=result.stdout + result.stderr)
+
+
+def prove_user_namespace(proof: Proof, runtime: str, image: Path, host_list: str) -> None:
+    bundle = proof.bundle(image)
+    for path in (bundle.rootfs, *bundle.rootfs.rglob("*")):
+        os.chown(path, 100000, 100000, follow_symlinks=False)
+    linux = bundle.config["linux"]
+    linux["namespaces"].append({"type": "user"})
+    linux["uidMappings"] = linux["gidMappings"] = [{"containerID": 0, "hostID": 100000, "size": 65536}]
+    script = "nvidia-smi -L; stat -c '%u %n' /etc/ld.so.cache /usr/lib*/*/libcuda.so.1 | sort -u"
+    bundle.write(["/bin/sh", "-c", script], {"NVIDIA_VISIBLE_DEVICES": "all"})
+    result = bundle.run(proof.config_for(runtime), runtime=runtime, wrapper=proof.wrapper)
+    holds = result.stdout.startswith(host_list) and " /etc" in result.stdout and "\n65534 " not in result.stdout
+    proof.check(f"{Path(runtime).name}: in a user namespace", holds=holds, shown=result.stdout + result.stderr)
+
+
+def time_starts(proof: Proof, runtime: str, image: Path, rounds: int) -> None:
+    """Whole `run`s of /bin/true, in turn: the runtime itself, ours without a request, ours with all GPUs."""
+    bundle = proof.bundle(image)
+    config = proof.config_for(runtime)
+    variants: list[tuple[str, Path, dict[str, str]]] = [
+        ("the runtime itself", Path(runtime), {}),
+        ("nvhook, no request", proof.wrapper, {}),
+        ("nvhook, all GPUs", proof.wrapper, {"NVIDIA_VISIBLE_DEVICES": "all"}),
+    ]
+    times: dict[str, list[float]] = {label: [] for label, _, _ in variants}
+    for _ in range(rounds):
+        for label, wrapper, env in variants:
+            bundle.config.pop("hooks", None)
+            bundle.config["linux"]["resources"]["devices"] = [{"allow": False, "access": "rwm"}]
+            bundle.write(["/bin/true"], env)
+            begin = time.monotonic()
+            bundle.run(config, runtime=runtime, wrapper=wrapper)
+            times[label].append(time.monotonic() - begin)
+    plain = statistics.median(times["the runtime itself"])
+    print(f"\n{Path(runtime).name}, run + delete of /bin/true, medians of {rounds}, in turn:")
+    for label, values in times.items():
+        median = statistics.median(values)
+        print(f"  {label:20} {median * 1000:7.1f} ms   {median / plain:.2f}")
+
+
+def snapshot() -> dict[str, str]:
+    """Path -> type, mode, owner, size, change of content, link target; and the mount table under `mounts`."""
+    found = {"mounts": Path("/proc/self/mountinfo").read_text()}
+    for top in _WATCHED:
+        for directory, directories, files in os.walk(top):
+            for name in directories + files:
+                path = os.path.join(directory, name)
+                status = os.lstat(path)
+                target = os.readlink(path) if os.path.islink(path) else ""
+                changed = "" if directory.startswith("/dev") else status.st_mtime_ns
+                found[path] = f"{status.st_mode:o} {status.st_uid} {status.st_gid} {status.st_size} {changed} {target}"
+    return found
+
+
+def compile_cuda(place: Path) -> Path | None:
+    nvcc = shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc"
+    if not os.path.exists(nvcc):
+        print("skip  no nvcc on this machine: the CUDA program is not run")
+        return None
+    program = place / "sums"
+    source = Path(__file__).with_name("sums.cu")
+    subprocess.run([nvcc, "-arch=native", "-o", str(program), str(source)], check=True)
+    return program
+
+
+def make_config(place: Path) -> Path:
+    path = place / "config.toml"
+    path.write_text(f'[nvidia-container-runtime]\nruntimes = ["runc"]\n[nvhook]\nstate-dir = "{place}/state"\n')
+    return path
+
+
+def install(place: Path) -> Path:
+    prefix = place / "prefix"
+    subprocess.run([str(REPOSITORY / "scripts/install"), "install", str(prefix), str(place / "etc")], check=True)
+    return prefix
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--config", type=Path, help="config.toml; by default one for this host as it is")
+    parser.add_argument("--host-list", default="nvidia-smi -L", help="the command that lists the host's GPUs")
+    parser.add_argument("--runtime", action="append", help="runc and crun, if they are there; repeatable")
+    parser.add_argument("--rounds", type=int, default=20, help="starts of each kind that are timed")
+    parser.add_argument("--no-cuda", action="store_true", help="leave the CUDA program out, on a simulated host")
+    options = parser.parse_args()
+    runtimes = options.runtime or [path for path in map(shutil.which, ("runc", "crun")) if path]
+    if os.geteuid() != 0 or not runtimes:
+        sys.exit("prove: needs root and runc or crun")
+    host_list = subprocess.run(shlex.split(options.host_list), check=True, capture_output=True, text=True).stdout
+    print(
+        f"host: {' '.join(os.uname()[1:3])}, cgroup v{2 if Path('/sys/fs/cgroup/cgroup.controllers').exists() else 1}"
+    )
+    print(host_list, end="")
+    with tempfile.TemporaryDirectory(prefix="nvhook-gpu-") as name:
+        place = Path(name)
+        place.chmod(0o755)  # root of a user namespace has to come through
+        before = snapshot()
+        proof = Proof(install(place), options.config or make_config(place), runtimes, place)
+        images = {family: make_image(family, place / f"image-{family}") for family in ("debian", "fedora", "no-etc")}
+        program = None if options.no_cuda else compile_cuda(place)
+        if program:
+            add_program(images["debian"], program)
+        for runtime in runtimes:
+            steps: list[Callable[[], None]] = [
+                lambda r=runtime: prove_runtime(proof, r, images, host_list, program is not None),  # type: ignore[misc]
+                lambda r=runtime: prove_hook_alone(proof, r, images["debian"], host_list),  # type: ignore[misc]
+                lambda r=runtime: prove_user_namespace(proof, r, images["debian"], host_list),  # type: ignore[misc]
+            ]
+            for step in steps:
+                step()
+        after = snapshot()
+        changed = sorted(key for key in before.keys() | after.keys() if before.get(key) != after.get(key))
+        proof.check("the host's mount table and files are as before", holds=not changed, shown="\n".join(changed[:20]))
+        for runtime in runtimes:
+            time_starts(proof, runtime, images["debian"], options.rounds)
+    print(f"\n{proof.failures} failed" if proof.failures else "\nall passed")
+    return 1 if proof.failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
