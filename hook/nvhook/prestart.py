@@ -16,7 +16,7 @@ from . import container as containers
 from . import driver as drivers
 from . import edits as editing
 from . import gpus as hosts
-from . import plan, request, spec
+from . import plan, request, requirements, spec
 from .errors import ContainerError, DriverError, NvhookError
 
 TYPE_CHECKING = False
@@ -101,6 +101,7 @@ def prepare(config: Config, asked: Request, container: Container, warnings: list
     """The edits, their sources open. An inventory that names a file which has gone is made again, once."""
     gpus = hosts.read(config.proc_root)
     chosen = hosts.select(asked.devices, gpus.gpus)
+    requirements.check(asked.requirements, requirements.facts_of(gpus.driver_version))
     for again in (False, True):
         driver = drivers.load(config, gpus.driver_version, warnings, again=again)
         edits = plan.make(asked, chosen, gpus, driver, container.layout)
