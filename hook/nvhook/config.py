@@ -163,7 +163,7 @@ def _from_table(table: dict[str, object], path: str) -> Config:
 def _flatten(table: dict[str, object], prefix: str) -> list[tuple[str, object]]:
     items: list[tuple[str, object]] = []
     for key, value in table.items():
-        if isinstance(value, dict):
+        if isinstance(value, dict) and prefix + key not in _KEYS:
             items += _flatten(value, f"{prefix}{key}.")
         else:
             items.append((prefix + key, value))

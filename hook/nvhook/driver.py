@@ -134,18 +134,19 @@ def _read(path: str, origin: Json) -> Driver | None:
         fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError:
         return None
-    with open(fd, "rb") as file:
+    try:
         status = os.fstat(fd)
         if not _is_ours(status) or status.st_size > _MAX_SIZE:
             return None
-        content = file.read()
-    try:
-        inventory = json.loads(content)
+        with open(fd, "rb", closefd=False) as file:
+            inventory = json.loads(file.read())
         if inventory["origin"] != origin:
             return None
         return _driver(inventory)
-    except (ValueError, KeyError, TypeError, RecursionError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
+    finally:
+        os.close(fd)
 
 
 def _is_ours(status: os.stat_result) -> bool:

@@ -124,7 +124,8 @@ def _uuid_hint(device: str, gpus: list[Gpu]) -> str:
 def _pci_address(text: str) -> tuple[int, int, int, int] | None:
     """(domain, bus, device, function) of `[domain:]bus:device[.function]` in hex, or None."""
     parts = text.split(":")
-    if len(parts) not in (2, 3):
+    # int() would also take signs, underscores, blanks, `0x` and the digits of other scripts.
+    if len(parts) not in (2, 3) or text.strip("0123456789abcdefABCDEF:."):
         return None
     device, _, function = parts[-1].partition(".")
     try:

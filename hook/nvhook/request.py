@@ -74,10 +74,11 @@ def _devices(spec: Spec, config: Config, warnings: list[str]) -> tuple[tuple[str
         if devices:
             return _normalised(devices), "volume mounts"
     devices, variable = _from_env(spec.env, config)
-    if devices and not (spec.privileged or config.accept_env_when_unprivileged):
+    names = _normalised(devices)
+    if names and not (spec.privileged or config.accept_env_when_unprivileged):
         warnings.append(f"{variable} of an unprivileged container is ignored, as config.toml says")
         return (), ""
-    return _normalised(devices), variable
+    return names, variable
 
 
 def _from_annotations(annotations: dict[str, str]) -> list[str]:
@@ -107,8 +108,9 @@ def _from_mounts(mounts: list[tuple[str, str]]) -> list[str]:
             continue
         device = place[len(VOLUME_ROOT) :]
         if device.startswith("cdi/"):
-            kind, _, name = device[len("cdi/") :].rpartition("/")
-            device = f"{kind}={name}"
+            device = device[len("cdi/") :]
+            if "=" not in device:  # both spellings are known: vendor/class/device and vendor/class=device
+                device = "=".join(device.rsplit("/", 1))
         if not device.startswith("imex/"):
             devices.append(device)
     return devices

@@ -65,16 +65,12 @@ class Spec:
 
     def allows(self, major: int, minor: int) -> bool:
         """Whether the rules in the spec already let the container open this character device for `rw`."""
-        allowed = False
+        allowed: set[str] = set()
         for rule in self.device_rules:
-            if not _matches(rule, major, minor):
-                continue
-            access = str(rule.get("access") or "rwm")
-            if rule.get("allow"):
-                allowed = allowed or ("r" in access and "w" in access)
-            elif "r" in access or "w" in access:
-                allowed = False
-        return allowed
+            if _matches(rule, major, minor):
+                access = set(str(rule.get("access") or "rwm"))
+                allowed = allowed | access if rule.get("allow") else allowed - access
+        return {"r", "w"} <= allowed
 
 
 def _matches(rule: Json, major: int, minor: int) -> bool:
