@@ -50,8 +50,8 @@ def seal(program: str) -> int:
 def run(program: int, rootfs: str, root: Root, directories: tuple[str, ...], owner: tuple[int, int]) -> None:
     """Build etc/ld.so.cache in `root` anew, with `directories` before all others.
 
-    `rootfs` is the path of `root`'s directory in this mount namespace; `owner` the (uid, gid) that the program runs
-    as. OSError when a step fails; its text is what ldconfig printed, or the step's name.
+    `rootfs` is the path of `root`'s directory, a mount point in this mount namespace; `owner` the (uid, gid) that the
+    program runs as. OSError when a step fails; its text is what ldconfig printed, or the step's name.
     """
     known = [path for path in (*directories, *_SYSTEM_DIRECTORIES) if root.exists(path)]
     known = list(dict.fromkeys(known))
@@ -99,7 +99,13 @@ def _confine(program: int, rootfs: str, root: Root, owner: tuple[int, int], argu
     """In the child: give everything up, then become ldconfig. Whatever fails here is told through `output`."""
     step = "start"
     try:
+        # The one way to be in the root filesystem in the new namespace without a path from `/`, which is not where
+        # an engine in a chroot has it: unshare takes the current directory along.
         step = "unshare"
+        os.fchdir(root.fd)
+        # Files were made as the container's root; the directories above its tree are for the host's.
+        kernel.setfsuid(os.geteuid())
+        kernel.setfsgid(os.getegid())
         kernel.prctl(kernel.PR_SET_PDEATHSIG, 9)
         kernel.unshare(
             kernel.CLONE_NEWNS | kernel.CLONE_NEWPID | kernel.CLONE_NEWIPC | kernel.CLONE_NEWUTS | kernel.CLONE_NEWNET
@@ -110,7 +116,7 @@ def _confine(program: int, rootfs: str, root: Root, owner: tuple[int, int], argu
             # Whoever waits for us kills us, not the worker: it dies with us through PDEATHSIG.
             os._exit(os.waitstatus_to_exitcode(os.waitpid(worker, 0)[1]) & 0xFF)
         step = f"make `{rootfs}` the root directory"
-        _pivot(rootfs, root)
+        _pivot(os.path.basename(rootfs), root)
         step = "set up its streams"
         _only_standard_streams(program, output)
         output = 2
@@ -133,21 +139,20 @@ def _confine(program: int, rootfs: str, root: Root, owner: tuple[int, int], argu
         os._exit(127)
 
 
-def _pivot(rootfs: str, root: Root) -> None:
-    """`rootfs` is `/` afterwards, nothing of the host is mounted any more, and /proc, /sys and /dev are empty."""
+def _pivot(name: str, root: Root) -> None:
+    """The current directory, `name`, becomes `/`; nothing of the host is left, and /proc, /sys and /dev are empty."""
     kernel.mount("none", "/", None, kernel.MS_REC | kernel.MS_PRIVATE)
-    os.chdir(rootfs)
-    if not os.path.samestat(os.stat("."), os.fstat(root.fd)):
-        raise OSError(errno.ESTALE, "another directory than the container's", rootfs)
     # A mount that came from a user namespace's mount namespace is locked; one that we make is ours to pivot into.
     kernel.mount(".", ".", None, kernel.MS_BIND | kernel.MS_REC)
-    os.chdir(rootfs)
+    os.chdir(f"../{name}")  # out of what the new mount covers, and into it
+    if not os.path.samestat(os.stat("."), os.fstat(root.fd)):
+        raise OSError(errno.ESTALE, "another directory than the container's")
     kernel.pivot_root(".", ".")
     kernel.umount2(".", kernel.MNT_DETACH)
     os.chroot(".")
-    for name in _HIDDEN:
+    for hidden in _HIDDEN:
         try:
-            fd = os.open(name, DIRECTORY | os.O_NOFOLLOW)
+            fd = os.open(hidden, DIRECTORY | os.O_NOFOLLOW)
         except OSError:
             continue  # not there, or no directory: nothing to hide
         os.fchdir(fd)
