@@ -76,12 +76,15 @@ def find(state: State, spec: Spec) -> Container:
     ContainerError when the process is gone, is in our own mount namespace, or has not mounted that root filesystem:
     then it is not a container of this bundle, and nothing may be done to it.
     """
+    rootfs = os.path.realpath(spec.rootfs)
+    if rootfs == "/":
+        raise ContainerError(f"`root.path` is `{spec.rootfs}`: that is the host's own root filesystem")
     try:
         proc = os.open(f"/proc/{state.pid}", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     except FileNotFoundError:
         raise ContainerError(f"process {state.pid} of the container is gone") from None
     try:
-        return _open(state, os.path.realpath(spec.rootfs), proc)
+        return _open(state, rootfs, proc)
     except (ProcessLookupError, FileNotFoundError) as error:
         raise ContainerError(f"process {state.pid} of the container is gone: {reason(error)}") from None
     except OSError as error:

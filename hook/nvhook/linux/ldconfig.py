@@ -16,6 +16,7 @@ import fcntl
 import os
 import resource
 import select
+import time
 
 from . import kernel
 from .root import DIRECTORY, Root
@@ -74,9 +75,10 @@ def _watch(child: int, output: int) -> tuple[int, str]:
     pidfd = os.pidfd_open(child)
     try:
         text = b""
+        end = time.monotonic() + _SECONDS
         waiting = [pidfd, output]
         while pidfd in waiting:
-            ready, _, _ = select.select(waiting, [], [], _SECONDS)
+            ready, _, _ = select.select(waiting, [], [], max(0.0, end - time.monotonic()))
             if not ready:
                 os.kill(child, 9)
                 os.waitpid(child, 0)
@@ -123,7 +125,7 @@ def _confine(program: int, rootfs: str, root: Root, owner: tuple[int, int], argu
         step = "give up privileges"
         _limit()
         kernel.drop_bounding_set()
-        os.setgroups([])
+        _drop_groups()
         os.setresgid(owner[1], owner[1], owner[1])
         os.setresuid(owner[0], owner[0], owner[0])
         kernel.drop_capabilities()
@@ -159,6 +161,13 @@ def _pivot(name: str, root: Root) -> None:
         os.close(fd)
         kernel.mount("none", ".", "tmpfs", kernel.MS_RDONLY | kernel.MS_NOSUID | kernel.MS_NODEV | kernel.MS_NOEXEC)
     os.chdir("/")
+
+
+def _drop_groups() -> None:
+    try:
+        os.setgroups([])
+    except PermissionError:
+        return  # a user namespace that was made without newgidmap denies it to everybody
 
 
 def _limit() -> None:
