@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Prove nvhook on a machine with a real NVIDIA GPU: `python3 tests/gpu/prove.py`, as root.
 
-Real containers are started with runc and crun (whichever are there), their images made of this machine's own files. What
-each sees is compared with what the host sees, a CUDA program compiled on the spot computes in a container, and the
-host's mount table and files are compared before and after. One line a check; exit 1 if one fails.
+Real containers are started with runc and crun (whichever are there), their images made of this machine's own files.
+What each sees is compared with what the host sees, a CUDA program compiled on the spot computes in a container, and
+the host's mount table and files are compared before and after. One line a check; exit 1 if one fails.
 
 Needs busybox (static), pyelftools in build/packages (scripts/setup) or NVHOOK_PACKAGES, and nvcc for the CUDA program.
 """

@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: Apache-2.0
+"""scripts/install: what it puts where, that it works for any caller, and that it leaves nothing behind."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from containers import REPOSITORY
+
+INSTALL = REPOSITORY / "scripts/install"
+
+
+def install(*words: str | Path) -> None:
+    subprocess.run([str(INSTALL), *map(str, words)], check=True, capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def prefix(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("prefix")
+    install("install", place, place / "etc")
+    return place
+
+
+@pytest.mark.parametrize(
+    ("command", "version"),
+    [
+        ("nvidia-container-runtime", "NVIDIA Container Runtime version 0.1.0 (nvhook)\n"),
+        ("nvidia-container-runtime-hook", "NVIDIA Container Runtime Hook version 0.1.0 (nvhook)\n"),
+        ("nvhook", "nvhook 0.1.0\n"),
+    ],
+)
+def test_command_from_anywhere_with_an_empty_environment(prefix: Path, command: str, version: str) -> None:
+    result = subprocess.run(
+        [str(prefix / "bin" / command), "--version"], env={}, cwd="/", capture_output=True, text=True, check=False
+    )
+    assert result.stdout.startswith(version), result.stderr
+
+
+def test_installed_modules_have_bytecode_that_is_used(prefix: Path) -> None:
+    library = prefix / "lib/nvhook"
+    sources = [path for path in library.rglob("*.py") if "packages" not in path.parts]
+    compiled = {path.name.partition(".")[0] for path in library.rglob("__pycache__/*.pyc")}
+    assert {path.stem for path in sources} <= compiled
+    before = sorted(library.rglob("*"))
+    subprocess.run([str(prefix / "bin/nvhook"), "--version"], env={}, check=True, capture_output=True)
+    assert before == sorted(library.rglob("*"))
+
+
+def test_hook_does_nothing_after_the_start(prefix: Path) -> None:
+    for command in ("poststart", "poststop"):
+        subprocess.run([str(prefix / "bin/nvidia-container-runtime-hook"), command], env={}, check=True)
+
+
+@pytest.mark.parametrize("words", [[], ["sing"], ["--config"], ["--nonsense", "prestart"]], ids=str)
+def test_hook_usage_exits_2(prefix: Path, words: list[str]) -> None:
+    result = subprocess.run(
+        [str(prefix / "bin/nvidia-container-runtime-hook"), *words], env={}, capture_output=True, text=True, check=False
+    )
+    assert (result.returncode, result.stderr[:6]) == (2, "usage:")
+
+
+def test_uninstall_leaves_nothing(tmp_path: Path) -> None:
+    place = tmp_path / "deep/prefix"
+    install("install", place, place / "etc")
+    install("install", place, place / "etc")  # an upgrade remembers what the first one made
+    install("uninstall", place, place / "etc")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_uninstall_keeps_what_others_made(tmp_path: Path) -> None:
+    (tmp_path / "bin").mkdir()
+    install("install", tmp_path, tmp_path / "etc")
+    (tmp_path / "etc/nvidia-container-runtime/config.toml").write_text("disable-require = true\n")
+    install("install", tmp_path, tmp_path / "etc")
+    install("uninstall", tmp_path, tmp_path / "etc")
+    left = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*"))
+    assert left == ["bin", "etc", "etc/nvidia-container-runtime", "etc/nvidia-container-runtime/config.toml"]
+    assert (tmp_path / "etc/nvidia-container-runtime/config.toml").read_text() == "disable-require = true\n"
+
+
+def test_destdir_is_not_in_the_launchers(tmp_path: Path) -> None:
+    install("install", "/opt/nvhook", "/etc", tmp_path)
+    for launcher in (tmp_path / "opt/nvhook/bin").iterdir():
+        text = launcher.read_text()
+        assert str(tmp_path) not in text
+        assert "/opt/nvhook/lib/nvhook" in text
+        assert "/etc/nvidia-container-runtime/config.toml" in text
+        assert os.access(launcher, os.X_OK)
+
+
+@pytest.mark.parametrize("prefix_path", ["relative/path", "/with space", '/with"quote'], ids=str)
+def test_install_refuses_a_path_it_cannot_write_into_a_launcher(tmp_path: Path, prefix_path: str) -> None:
+    result = subprocess.run(
+        [str(INSTALL), "install", prefix_path, "/etc", str(tmp_path)], capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 1
+    assert f"`{prefix_path}`" in result.stderr
+    assert list(tmp_path.iterdir()) == []
