@@ -124,7 +124,9 @@ class Bundle:
             environment["NVHOOK_CONFIG"] = str(config)
         command = [str(wrapper), "run", "--bundle", str(self.directory), self.id]
         try:
-            return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, input="")
+            return subprocess.run(
+                command, env=environment, capture_output=True, text=True, timeout=60, input="", check=False
+            )
         finally:
             subprocess.run([runtime, "delete", "--force", self.id], capture_output=True, check=False)
 
@@ -139,7 +141,7 @@ def _config(rootfs: Path, name: str) -> dict[str, Any]:
             "args": ["/bin/true"],
             "env": ["PATH=/usr/sbin:/usr/bin:/sbin:/bin"],
             "cwd": "/",
-            "capabilities": {kind: capabilities for kind in ("bounding", "effective", "permitted")},
+            "capabilities": dict.fromkeys(("bounding", "effective", "permitted"), capabilities),
             "noNewPrivileges": True,
         },
         "root": {"path": str(rootfs)},

@@ -40,8 +40,10 @@ def main() -> int:
             env = {} if devices is None else {"NVIDIA_VISIBLE_DEVICES": devices}
             print(f"\n=== a container with {'no request' if devices is None else f'NVIDIA_VISIBLE_DEVICES={devices}'}")
             script = _LOOK if devices is not None else _LOOK.replace("nvidia-smi -L\necho", "nvidia-smi -L 2>&1\necho")
-            result = Bundle(place / f"bundle{number}", image).write(["/bin/sh", "-c", script], env).run(
-                options.config, wrapper=options.runtime
+            result = (
+                Bundle(place / f"bundle{number}", image)
+                .write(["/bin/sh", "-c", script], env)
+                .run(options.config, wrapper=options.runtime)
             )
             print(result.stdout, end="")
             if result.returncode:

@@ -1,0 +1,82 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What several test files share: the mark `root`, simulated hosts, and a /proc made by hand."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from simhost.build import build
+
+HOSTS = Path(__file__).parent / "hosts"
+_CAP_SYS_ADMIN = 21
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("root") and not _is_root():
+        reason = "needs real root: device nodes, mounts and namespaces"
+        if "CI" in os.environ:
+            pytest.fail(f"{reason}, and CI has to run it", pytrace=False)
+        pytest.skip(reason)
+
+
+def _is_root() -> bool:
+    """Root of the first user namespace, with the capability to mount: root in an ordinary container has it not."""
+    status = Path("/proc/self/status").read_text()
+    capabilities = int(status.partition("CapEff:")[2].split()[0], 16)
+    is_first = Path("/proc/self/uid_map").read_text().split() == ["0", "0", "4294967295"]
+    return os.geteuid() == 0 and is_first and bool(capabilities >> _CAP_SYS_ADMIN & 1)
+
+
+@pytest.fixture(scope="session")
+def simhost(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """`simhost("h200")`: the simulated host whose description's name begins so, built when first asked for.
+
+    All tests share it. One that keeps an inventory takes a state directory of its own.
+    """
+    built: dict[str, Path] = {}
+
+    def get(name: str) -> Path:
+        if name not in built:
+            (description,) = HOSTS.glob(f"{name}*.json")
+            directory = tmp_path_factory.mktemp(name)
+            build(description, directory)
+            built[name] = directory
+        return built[name]
+
+    return get
+
+
+VERSION_LINE = (
+    "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  580.1.2  Release Build  (u@h)  Thu Jan  1 2026\n"
+)
+DEVICES = """\
+Character devices:
+  1 mem
+195 nvidia
+195 nvidia-modeset
+195 nvidiactl
+511 nvidia-uvm
+
+Block devices:
+  7 loop
+"""
+
+
+@pytest.fixture
+def proc(tmp_path: Path) -> Path:
+    """A directory with a `proc` as the driver shows it: two GPUs, whose minors run against the order of the bus."""
+    for minor, (address, uuid) in enumerate([("0000:41:00.0", "GPU-bb"), ("0000:07:00.0", "GPU-aa")]):
+        information = tmp_path / "proc/driver/nvidia/gpus" / address / "information"
+        information.parent.mkdir(parents=True)
+        information.write_text(
+            f"Model: \t\t NVIDIA Test\nIRQ:   \t\t 64\nGPU UUID: \t {uuid}\nBus Location: \t {address}\n"
+            f"Device Minor: \t {minor}\nGPU Excluded:\t No\n"
+        )
+    (tmp_path / "proc/driver/nvidia/version").write_text(VERSION_LINE)
+    (tmp_path / "proc/driver/nvidia/params").write_text("DeviceFileUID: 0\nDeviceFileGID: 0\nDeviceFileMode: 438\n")
+    (tmp_path / "proc/devices").write_text(DEVICES)
+    return tmp_path

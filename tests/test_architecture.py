@@ -1,0 +1,230 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The rules of docs/architecture.md that a machine can check: arrows between rooms, and what each road loads."""
+
+from __future__ import annotations
+
+import ast
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from nvhook import config, driver
+
+REPOSITORY = Path(__file__).parent.parent
+HOOK = REPOSITORY / "hook/nvhook"
+WRAPPER = REPOSITORY / "runtime-wrapper/nvruntime"
+OURS = ("nvhook", "nvruntime")
+ROOMS = (".ci", "hook", "runtime-wrapper", "scripts", "tests")
+SKIPPED = ("packages", "__pycache__")
+
+
+def _sources(*directories: Path) -> list[Path]:
+    found = (path for directory in directories for path in sorted(directory.rglob("*.py")))
+    return [path for path in found if not set(SKIPPED) & set(path.parts)]
+
+
+def _imports(path: Path) -> Iterator[str]:
+    """Full names of the modules that a file imports anywhere in it, those for the type checker alone left out."""
+    package = [path.parent.name] if path.parent.name != "linux" else ["nvhook", "linux"]
+    for node in _walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            module = ".".join([*base, *([node.module] if node.module else [])])
+            yield module
+            yield from (f"{module}.{alias.name}" for alias in node.names)
+
+
+def _walk(node: ast.AST) -> Iterator[ast.AST]:
+    if isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING":
+        return
+    yield node
+    for child in ast.iter_child_nodes(node):
+        yield from _walk(child)
+
+
+def _ids(paths: list[Path]) -> list[str]:
+    return [str(path.relative_to(REPOSITORY)) for path in paths]
+
+
+PROGRAM = _sources(HOOK, WRAPPER)
+CORE = _sources(HOOK)
+LINUX = _sources(HOOK / "linux")
+
+
+# Arrows
+
+
+@pytest.mark.parametrize("path", CORE, ids=_ids(CORE))
+def test_core_does_not_import_the_wrapper(path: Path) -> None:
+    assert not [name for name in _imports(path) if name.split(".")[0] == "nvruntime"]
+
+
+@pytest.mark.parametrize("path", LINUX, ids=_ids(LINUX))
+def test_linux_imports_nothing_of_ours(path: Path) -> None:
+    names = [name for name in _imports(path) if name.split(".")[0] in OURS]
+    assert not [name for name in names if not f"{name}.".startswith("nvhook.linux.")]
+
+
+def test_plan_is_pure() -> None:
+    """Neither the system nor what wraps it; edits.py, which it makes, is another matter."""
+    names = set(_imports(HOOK / "plan.py"))
+    assert not {name for name in names if name.split(".")[0] in ("os", "io", "sys", "stat", "fcntl", "subprocess")}
+    assert not {name for name in names if f"{name}.".startswith("nvhook.linux.")}
+    tree = ast.parse((HOOK / "plan.py").read_text())
+    assert not [node for node in ast.walk(tree) if isinstance(node, ast.Name) and node.id in ("open", "print")]
+
+
+@pytest.mark.parametrize("path", PROGRAM, ids=_ids(PROGRAM))
+def test_kernel_alone_imports_ctypes(path: Path) -> None:
+    assert ("ctypes" in {name.split(".")[0] for name in _imports(path)}) == (path == HOOK / "linux/kernel.py")
+
+
+def test_every_module_is_looked_at() -> None:
+    """The tests above pass over what they do not find."""
+    assert {"nvhook", "linux", "nvruntime"} == {path.parent.name for path in PROGRAM}
+    assert "nvhook.linux.kernel" in set(_imports(HOOK / "linux/root.py"))
+    assert "nvhook.spec" in set(_imports(WRAPPER / "create.py"))
+    assert "elftools.elf.elffile" in set(_imports(HOOK / "linux/elf.py"))
+
+
+# Files
+
+
+def _is_code(path: Path) -> bool:
+    if not path.is_file() or set(SKIPPED) & set(path.parts):
+        return False
+    return path.suffix in (".py", ".c", ".h", ".sh") or (not path.suffix and path.read_bytes().startswith(b"#!"))
+
+
+CODE = sorted(path for room in ROOMS for path in (REPOSITORY / room).rglob("*") if _is_code(path))
+
+
+@pytest.mark.parametrize("path", CODE, ids=_ids(CODE))
+def test_licence_comes_first(path: Path) -> None:
+    lines = path.read_text().splitlines()
+    line = lines[1] if lines[0].startswith("#!") else lines[0]
+    assert line.strip("/*# ") == "SPDX-License-Identifier: Apache-2.0"
+
+
+@pytest.mark.parametrize("path", PROGRAM, ids=_ids(PROGRAM))
+def test_module_says_what_it_is_for(path: Path) -> None:
+    tree = ast.parse(path.read_text())
+    assert ast.get_docstring(tree) if tree.body else path.name == "__init__.py"
+
+
+# Roads: what a container start loads
+
+HEAVY = {
+    "argparse",
+    "ctypes",
+    "dataclasses",
+    "elftools",
+    "email",
+    "importlib.metadata",
+    "inspect",
+    "jsonschema",
+    "logging",
+    "pathlib",
+    "pynvml",
+    "subprocess",
+    "tempfile",
+    "tomllib",
+    "typing",
+}
+# json brings re, re brings enum: paid for once, and nothing else may be.
+JSON = {"json", "re", "enum", "functools", "collections"}
+
+_START = """
+import os, sys
+sys.path[:0] = sys.argv[1].split(":")
+names = lambda: print(*sorted(sys.modules), sep="\\n")
+"""
+
+
+def _loaded(script: str, *arguments: str) -> set[str]:
+    """Modules in an interpreter that is started as ours are, when `script` says names()."""
+    command = [sys.executable, "-IS", "-c", _START + script, f"{HOOK.parent}:{WRAPPER.parent}", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    return set(done.stdout.split())
+
+
+_WRAPPER_ROAD = """
+from nvruntime import create
+os.execv = lambda *_: (names(), sys.exit(0))
+create.main("/hook", sys.argv[2], "runc", "/bin/true", ["create", "--bundle", sys.argv[3], "name"])
+"""
+
+
+def _bundle(directory: Path, *env: str) -> str:
+    document = {"process": {"env": list(env)}, "root": {"path": "rootfs"}}
+    (directory / "config.json").write_text(json.dumps(document))
+    return str(directory)
+
+
+def test_road_of_the_wrapper_without_a_request(tmp_path: Path) -> None:
+    loaded = _loaded(_WRAPPER_ROAD, "/nonexistent/config.toml", _bundle(tmp_path))
+    assert {"json", "nvhook.config", "nvhook.request", "nvhook.spec"} <= loaded
+    assert not loaded & HEAVY
+    assert not {name for name in loaded if name.startswith("nvhook.linux")}
+    assert not loaded & {"nvhook.gpus", "nvhook.plan", "nvhook.edits", "nvhook.driver"}
+
+
+def test_road_of_the_wrapper_costs_json_and_little_else(tmp_path: Path) -> None:
+    """Against the modules of an interpreter that has imported json."""
+    loaded = _loaded(_WRAPPER_ROAD, "/nonexistent/config.toml", _bundle(tmp_path))
+    base = _loaded("import json; names()")
+    assert base >= JSON
+    ours = {name for name in loaded - base if name.split(".")[0] in OURS}
+    assert loaded - base - ours == {"__future__"}
+
+
+def test_road_of_the_wrapper_with_a_request(proc: Path) -> None:
+    settings = proc / "config.toml"
+    settings.write_text(f"nvhook.proc-root = '{proc}'\n")
+    loaded = _loaded(_WRAPPER_ROAD, str(settings), _bundle(proc, "NVIDIA_VISIBLE_DEVICES=all"))
+    assert {"nvhook.gpus", "nvhook.plan"} <= loaded
+    assert not loaded & {"elftools", "pynvml", "jsonschema", "argparse", "subprocess", "logging", "nvhook.driver"}
+
+
+_HOOK_ROAD = """
+from nvhook import config, prestart, request, spec
+from nvhook.container import Layout
+class Container:
+    layout = Layout("/usr/lib64", "/usr/lib32")
+described = spec.parse(spec.read_config(sys.argv[3])[0], sys.argv[3])
+settings = config.load(sys.argv[2])
+asked = request.read(described, settings)
+warnings = []
+if asked:
+    prestart.prepare(settings, asked, Container, warnings)
+assert not warnings, warnings
+names()
+"""
+
+
+def test_road_of_the_hook_without_a_request(tmp_path: Path) -> None:
+    loaded = _loaded(_HOOK_ROAD, "/nonexistent/config.toml", _bundle(tmp_path))
+    assert not loaded & (HEAVY - {"ctypes"})
+
+
+@pytest.mark.root
+def test_road_of_the_hook_with_an_inventory(simhost: Callable[[str], Path], tmp_path: Path) -> None:
+    """All that happens in the host's namespace, the sources of the mounts included, and no ELF file is read."""
+    host = simhost("h200")
+    settings = tmp_path / "config.toml"
+    text = (host / "config.toml").read_text()
+    settings.write_text(text.replace(f"{host}/run", f"{tmp_path}/run"))
+    driver.load(config.load(str(settings)), "580.159.04", [])
+    loaded = _loaded(_HOOK_ROAD, str(settings), _bundle(tmp_path, "NVIDIA_VISIBLE_DEVICES=all"))
+    assert {"nvhook.driver", "nvhook.plan", "nvhook.linux.kernel"} <= loaded
+    # tomllib is the price of having a configuration file, ctypes that of mounting by descriptor.
+    assert not loaded & {"elftools", "pynvml", "jsonschema", "argparse", "subprocess", "logging", "pathlib", "tempfile"}
+    assert "nvhook.discovery" not in loaded
+    assert "nvhook.linux.elf" not in loaded

@@ -1,0 +1,547 @@
+# SPDX-License-Identifier: Apache-2.0
+"""driver.py and discovery.py: driver roots of small ELF files, and the inventory that is kept of them."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nvhook import config as configuration
+from nvhook import driver
+from nvhook.config import Config
+from nvhook.driver import Driver
+from nvhook.errors import DriverError
+from simhost import cachewriter, elfwriter
+from simhost.compiler import native_machine
+
+V = "580.1.2"
+NATIVE = native_machine()
+LIB = f"usr/lib/{os.uname().machine}-linux-gnu"
+needs_32_bit = pytest.mark.skipif(NATIVE != "x86-64", reason="there is no 32-bit driver for this machine")
+
+
+class Place:
+    """A driver root `root`, with /proc and a state directory beside it."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.root = directory / "driver"
+        self.state = directory / "state"
+        self.inventory = self.state / "inventory.json"
+        self.boot_id = directory / "proc/sys/kernel/random/boot_id"
+        for path in (self.root / LIB, self.root / "etc", self.boot_id.parent):
+            path.mkdir(parents=True)
+        self.boot_id.write_text("first\n")
+        (directory / "config.toml").write_text(
+            f"[nvidia-container-cli]\nroot = '{self.root}'\n"
+            f"[nvhook]\nproc-root = '{directory}'\nstate-dir = '{self.state}'\n"
+        )
+
+    def library(
+        self,
+        stem: str,
+        soname: str | None = "",
+        needed: tuple[str, ...] = (),
+        *,
+        at: str = LIB,
+        version: str = V,
+        machine: str = NATIVE,
+        abi: list[int] | None = None,
+    ) -> Path:
+        """`stem`.so.`version` below the root; the SONAME is `stem`.so.1 unless given, and its link is made."""
+        path = self.root / at / f"{stem}.so.{version}"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        soname = f"{stem}.so.1" if soname == "" else soname
+        path.write_bytes(elfwriter.shared_object(soname, [*needed, "libc.so.6"], machine=machine, abi=abi))
+        if soname and soname != path.name and not os.path.lexists(path.parent / soname):
+            (path.parent / soname).symlink_to(path.name)
+        return path
+
+    def cache(self, *entries: tuple[str, str]) -> None:
+        flags = {"x86-64": "libc6,x86-64", "aarch64": "libc6,AArch64"}[NATIVE]
+        content = [{"name": name, "path": path, "flags": flags} for name, path in entries]
+        (self.root / "etc/ld.so.cache").write_bytes(cachewriter.cache(content))
+
+    @property
+    def config(self) -> Config:
+        return configuration.load(str(self.directory / "config.toml"))
+
+    def load(self, version: str = V, **options: bool) -> Driver:
+        """The driver, without warnings."""
+        warnings: list[str] = []
+        found = driver.load(self.config, version, warnings, **options)
+        assert warnings == []
+        return found
+
+    def error(self, version: str = V) -> str:
+        with pytest.raises(DriverError) as raised:
+            driver.load(self.config, version, [])
+        assert "\n" not in str(raised.value)
+        return str(raised.value)
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Place:
+    """A driver of two libraries and one program."""
+    made = Place(tmp_path)
+    made.library("libcuda")
+    made.library("libnvidia-ml")
+    (made.root / "usr/bin").mkdir()
+    (made.root / "usr/bin/nvidia-smi").write_bytes(elfwriter.program(["libc.so.6"], machine=NATIVE))
+    (made.root / "usr/bin/nvidia-smi").chmod(0o755)
+    return made
+
+
+def _names(found: Driver) -> list[str]:
+    return [item.name for item in found.libraries]
+
+
+def _record(found: Driver) -> Any:
+    libraries = [
+        (item.path, item.name, item.soname, item.bits, item.needed, item.capabilities) for item in found.libraries
+    ]
+    return found.version, libraries, [(item.path, item.name, item.capability) for item in found.binaries]
+
+
+def _is_cached(place: Place, version: str = V) -> bool:
+    """Whether the next load believes the inventory: told from a mark that only that file has."""
+    inventory = json.loads(place.inventory.read_text())
+    inventory["binaries"] = [{"path": "/mark", "name": "mark", "capability": "utility"}]
+    place.inventory.write_text(json.dumps(inventory))
+    return [item.name for item in place.load(version).binaries] == ["mark"]
+
+
+# What is found
+
+
+def test_discover_whole(place: Place) -> None:
+    lib = place.root / LIB
+    expected = (
+        V,
+        [
+            (f"{lib}/libcuda.so.{V}", f"libcuda.so.{V}", "libcuda.so.1", 64, (), ("compute", "video")),
+            (f"{lib}/libnvidia-ml.so.{V}", f"libnvidia-ml.so.{V}", "libnvidia-ml.so.1", 64, (), ("utility",)),
+        ],
+        [(f"{place.root}/usr/bin/nvidia-smi", "nvidia-smi", "utility")],
+    )
+    assert expected == _record(place.load())
+
+
+def test_discover_versions_differ(place: Place) -> None:
+    assert place.error("590.3") == (
+        f"driver error: the kernel module is version 590.3 and the libraries below `{place.root}` are version {V}; "
+        "the driver was changed without loading the new module: reboot, or reinstall the driver"
+    )
+
+
+def test_discover_beside_an_older_version(place: Place) -> None:
+    expected = _record(place.load())
+    for stem in ("libcuda", "libnvidia-ml", "libnvidia-encode"):
+        place.library(stem, version="550.163.01")
+    assert expected == _record(place.load(again=True))
+
+
+def test_discover_nothing(tmp_path: Path) -> None:
+    empty = Place(tmp_path)
+    line = empty.error()
+    assert line.startswith(
+        f"driver error: no libraries of driver {V} below `{empty.root}`, neither in its linker cache"
+    )
+    assert "set `nvidia-container-cli.root` in config.toml" in line
+
+
+def test_discover_no_driver_root(place: Place) -> None:
+    place.root.rename(place.directory / "away")
+    assert place.error().startswith(f"driver error: open the driver root `{place.root}`: no such file or directory; ")
+
+
+@needs_32_bit
+def test_discover_both_classes(place: Place) -> None:
+    place.library("libcuda", at="usr/lib/i386-linux-gnu", machine="i386")
+    assert [(item.soname, item.bits) for item in place.load().libraries] == [
+        ("libcuda.so.1", 64),
+        ("libnvidia-ml.so.1", 64),
+        ("libcuda.so.1", 32),
+    ]
+
+
+@needs_32_bit
+def test_discover_32_bit_library_in_the_wrong_place(place: Place) -> None:
+    """Under the right name where 64-bit libraries are: it is what its header says, and no 64-bit library."""
+    place.library("libnvidia-encode", machine="i386")
+    assert [item.bits for item in place.load().libraries if item.soname == "libnvidia-encode.so.1"] == [32]
+
+
+def test_discover_library_of_another_machine(place: Place) -> None:
+    place.library("libnvidia-encode", machine="aarch64" if NATIVE == "x86-64" else "x86-64")
+    assert _names(place.load()) == [f"libcuda.so.{V}", f"libnvidia-ml.so.{V}"]
+
+
+@pytest.mark.parametrize("kind", ["empty", "text", "program", "directory", "fifo", "dangling", "loop"])
+def test_discover_what_is_no_library(place: Place, kind: str) -> None:
+    path = place.root / LIB / f"libnvidia-encode.so.{V}"
+    if kind in ("empty", "text"):
+        path.write_text("" if kind == "empty" else "GROUP ( libnvidia-encode.so.1 )\n")
+    elif kind == "program":
+        path.write_bytes(elfwriter.program([], machine=NATIVE))
+    elif kind == "directory":
+        path.mkdir()
+    elif kind == "fifo":
+        os.mkfifo(path)
+    else:
+        path.symlink_to("nowhere" if kind == "dangling" else path.name)
+    assert _names(place.load()) == [f"libcuda.so.{V}", f"libnvidia-ml.so.{V}"]
+
+
+@pytest.mark.parametrize("length", [5, 63, 64, 200])
+def test_discover_damaged_library(place: Place, length: int) -> None:
+    path = place.library("libnvidia-encode")
+    path.write_bytes(path.read_bytes()[:length])
+    line = place.error()
+    assert line.startswith(f"driver error: read `{path}`: ")
+    assert line.endswith("; reinstall the driver")
+    assert not place.inventory.exists()
+
+
+def test_discover_link_out_of_the_list(place: Place) -> None:
+    """A SONAME link in a usual place, the file in one that nobody looks in."""
+    path = place.library("libnvidia-encode", at="opt/vendor")
+    (place.root / LIB / "libnvidia-encode.so.1").symlink_to(f"/opt/vendor/{path.name}")
+    assert [str(path)] == [item.path for item in place.load().libraries if item.soname == "libnvidia-encode.so.1"]
+
+
+def test_discover_link_of_another_version_is_not_followed(place: Place) -> None:
+    path = place.library("libnvidia-encode", at="opt/vendor", version="550.163.01")
+    (place.root / LIB / "libnvidia-encode.so.1").symlink_to(f"/opt/vendor/{path.name}")
+    assert f"libnvidia-encode.so.{V}" not in _names(place.load())
+
+
+def test_discover_link_that_leaves_the_root(place: Place) -> None:
+    """Links are followed as if the driver root were `/`."""
+    outside = place.directory / f"libnvidia-encode.so.{V}"
+    place.library("libnvidia-encode").rename(outside)
+    (place.root / LIB / outside.name).symlink_to(outside)
+    assert outside.name not in _names(place.load())
+
+
+def test_discover_soname_that_is_a_hard_link(place: Place) -> None:
+    """The other name comes first in the directory and is not of the driver's version; the file still is."""
+    path = place.library("libnvidia-encode")
+    soname = path.parent / "libnvidia-encode.so.1"
+    soname.unlink()
+    soname.hardlink_to(path)
+    assert path.name in _names(place.load())
+
+
+def test_discover_directory_of_the_linker_cache(place: Place) -> None:
+    """Where the linker would look comes first, and need not be a usual place."""
+    path = place.library("libcuda", at="vendor/lib")
+    place.cache(("libcuda.so.1", "/vendor/lib/libcuda.so.1"), ("libc.so.6", "/lib/libc.so.6"))
+    assert [str(path)] == [item.path for item in place.load().libraries if item.soname == "libcuda.so.1"]
+
+
+def test_discover_linker_cache_damaged(place: Place) -> None:
+    (place.root / "etc/ld.so.cache").write_text("nonsense")
+    line = place.error()
+    assert line.startswith("driver error: read the linker cache `/etc/ld.so.cache` of the driver root: ")
+    assert line.endswith("; run `ldconfig`")
+
+
+def test_discover_subdirectory(place: Place) -> None:
+    path = place.library("libvdpau_nvidia", at=f"{LIB}/vdpau")
+    assert [(str(path), ("video",))] == [
+        (item.path, item.capabilities) for item in place.load().libraries if item.soname == "libvdpau_nvidia.so.1"
+    ]
+
+
+@pytest.mark.parametrize("first", [None, [2, 2, 5], [2, 3, 99]], ids=["no-note", "older", "right-one-first"])
+def test_discover_of_two_builds_the_one_with_the_abi_note(place: Place, first: list[int] | None) -> None:
+    one = place.library("libnvidia-tls", f"libnvidia-tls.so.{V}", abi=first)
+    other = place.library("libnvidia-tls", f"libnvidia-tls.so.{V}", at=f"{LIB}/tls", abi=[2, 3, 99])
+    expected = one if first == [2, 3, 99] else other
+    assert [str(expected)] == [item.path for item in place.load().libraries if "tls" in item.name]
+
+
+def test_discover_needed_among_the_drivers_own(place: Place) -> None:
+    """What a library of a capability needs comes along, listed or not; what nothing needs and no list has does not."""
+    place.library("libnvidia-ngx", needed=(f"libnvidia-foo.so.{V}", "libz.so.1"))
+    place.library("libnvidia-foo", f"libnvidia-foo.so.{V}", needed=("libnvidia-bar.so.2",))
+    place.library("libnvidia-bar", "libnvidia-bar.so.2", needed=(f"libnvidia-foo.so.{V}",))
+    place.library("libnvidia-unheard-of")
+    assert {
+        "libcuda.so.1": ((), ("compute", "video")),
+        "libnvidia-ml.so.1": ((), ("utility",)),
+        "libnvidia-ngx.so.1": ((f"libnvidia-foo.so.{V}",), ("ngx",)),
+        f"libnvidia-foo.so.{V}": (("libnvidia-bar.so.2",), ("ngx",)),
+        "libnvidia-bar.so.2": ((f"libnvidia-foo.so.{V}",), ("ngx",)),
+    } == {item.soname: (item.needed, item.capabilities) for item in place.load().libraries}
+
+
+def test_discover_library_without_soname(place: Place) -> None:
+    place.library("libnvidia-pkcs11", None)
+    assert [("", f"libnvidia-pkcs11.so.{V}")] == [
+        (item.soname, item.name) for item in place.load().libraries if "pkcs11" in item.name
+    ]
+
+
+def test_discover_programs(place: Place) -> None:
+    """By link, and beside the libraries; no script, and none of another machine or without the right to execute."""
+    programs = place.root / "usr/bin"
+    (programs / "nvidia-smi").rename(programs / "smi-580")
+    (programs / "nvidia-smi").symlink_to("smi-580")
+    (programs / "nvidia-debugdump").write_bytes(elfwriter.program([], machine=NATIVE))
+    (programs / "nvidia-persistenced").mkdir()
+    (programs / "nv-fabricmanager").write_text("#!/bin/sh\n")
+    foreign = elfwriter.program([], machine="aarch64" if NATIVE == "x86-64" else "x86-64")
+    (programs / "nvidia-cuda-mps-control").write_bytes(foreign)
+    for name in ("nv-fabricmanager", "nvidia-cuda-mps-control"):
+        (programs / name).chmod(0o755)
+    beside = place.root / "usr/local/nvidia/bin/nvidia-cuda-mps-server"
+    beside.parent.mkdir(parents=True)
+    beside.write_bytes(elfwriter.program([], machine=NATIVE))
+    beside.chmod(0o755)
+    assert _record(place.load())[2] == [
+        (f"{programs}/smi-580", "nvidia-smi", "utility"),
+        (str(beside), "nvidia-cuda-mps-server", "compute"),
+    ]
+
+
+# The inventory
+
+
+def test_inventory_is_believed(place: Place) -> None:
+    first = place.load()
+    assert _record(first) == _record(place.load())
+    assert os.listdir(place.state) == ["inventory.json"]
+    assert place.inventory.stat().st_mode & 0o777 == 0o644
+    assert _is_cached(place)
+
+
+def test_inventory_made_again_on_demand(place: Place) -> None:
+    expected = _record(place.load())
+    assert _is_cached(place)
+    assert expected == _record(place.load(again=True))
+
+
+def test_inventory_not_kept(place: Place) -> None:
+    place.load(keep=False)
+    assert not place.state.exists()
+
+
+def _changed_version(place: Place) -> None:
+    for path in (place.root / LIB).glob(f"*.so.{V}"):
+        path.rename(path.with_name(path.name.replace(V, "590.3")))
+
+
+def _touched(path: str) -> Callable[[Place], None]:
+    return lambda place: os.utime(place.directory / path, ns=(1, 1))
+
+
+def _rewritten(path: str) -> Callable[[Place], None]:
+    def change(place: Place) -> None:
+        file = place.directory / path
+        status = file.stat()
+        file.write_bytes(file.read_bytes() + b"\n")
+        os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "version"),
+    [
+        pytest.param(_changed_version, "590.3", id="driver-version"),
+        pytest.param(lambda place: place.boot_id.write_text("second\n"), V, id="boot"),
+        pytest.param(lambda place: place.boot_id.unlink(), V, id="boot-unknown"),
+        pytest.param(_touched("driver/etc/ld.so.cache"), V, id="linker-cache-time"),
+        pytest.param(lambda place: (place.root / "etc/ld.so.cache").unlink(), V, id="linker-cache-gone"),
+        pytest.param(_touched("config.toml"), V, id="configuration-time"),
+        pytest.param(_rewritten("config.toml"), V, id="configuration-size"),
+    ],
+)
+def test_inventory_of_another_origin(place: Place, change: Callable[[Place], None], version: str) -> None:
+    place.cache(("libc.so.6", "/lib/libc.so.6"))
+    place.load()
+    assert _is_cached(place)
+    change(place)
+    assert [item.name for item in place.load(version).binaries] == ["nvidia-smi"]
+    assert _is_cached(place, version)
+
+
+@pytest.mark.parametrize("mode", [0o664, 0o646, 0o666])
+def test_inventory_that_others_may_write(place: Place, mode: int) -> None:
+    place.load()
+    assert _is_cached(place)
+    place.inventory.chmod(mode)
+    assert [item.name for item in place.load().binaries] == ["nvidia-smi"]
+    assert place.inventory.stat().st_mode & 0o777 == 0o644
+
+
+@pytest.mark.root
+def test_inventory_of_another_owner(place: Place) -> None:
+    place.load()
+    assert _is_cached(place)
+    os.chown(place.inventory, 1, 1)
+    assert [item.name for item in place.load().binaries] == ["nvidia-smi"]
+    assert place.inventory.stat().st_uid == 0
+
+
+def test_inventory_that_is_a_link(place: Place) -> None:
+    place.load()
+    assert _is_cached(place)
+    elsewhere = place.inventory.rename(place.directory / "elsewhere.json")
+    before = elsewhere.read_bytes()
+    place.inventory.symlink_to(elsewhere)
+    assert [item.name for item in place.load().binaries] == ["nvidia-smi"]
+    assert not place.inventory.is_symlink()
+    assert elsewhere.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        pytest.param(b"", id="empty"),
+        pytest.param(b"\xff\xfe", id="not-text"),
+        pytest.param(b"[" * 100_000, id="deeply-nested"),
+        pytest.param(b"[]", id="list"),
+        pytest.param(b"null", id="null"),
+        pytest.param(b'{"origin": {}}', id="no-origin"),
+    ],
+)
+def test_inventory_garbage(place: Place, content: bytes) -> None:
+    expected = _record(place.load())
+    place.inventory.write_bytes(content)
+    assert expected == _record(place.load())
+    assert _is_cached(place)
+
+
+def test_inventory_half_written(place: Place) -> None:
+    expected = _record(place.load())
+    content = place.inventory.read_bytes()
+    for length in range(0, len(content), 97):
+        place.inventory.write_bytes(content[:length])
+        assert expected == _record(place.load())
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        pytest.param("libraries", None, id="null"),
+        pytest.param("libraries", "text", id="text"),
+        pytest.param("libraries", {"a": 1}, id="object"),
+        pytest.param("libraries", [{}], id="library-of-nothing"),
+        pytest.param("libraries", [["path"]], id="library-that-is-a-list"),
+        pytest.param(
+            "libraries",
+            [{"path": 1, "soname": "", "bits": 64, "needed": [], "capabilities": []}],
+            id="path-that-is-a-number",
+        ),
+        pytest.param(
+            "libraries",
+            [{"path": "/x", "soname": "", "bits": 64, "needed": 5, "capabilities": []}],
+            id="needed-that-is-a-number",
+        ),
+        pytest.param("binaries", [1], id="binary-that-is-a-number"),
+    ],
+)
+def test_inventory_of_wrong_types(place: Place, key: str, value: object) -> None:
+    expected = _record(place.load())
+    inventory = json.loads(place.inventory.read_text())
+    inventory[key] = value
+    place.inventory.write_text(json.dumps(inventory))
+    assert expected == _record(place.load())
+
+
+def test_inventory_too_large(place: Place) -> None:
+    place.load()
+    assert _is_cached(place)
+    with place.inventory.open("ab") as file:
+        file.truncate((4 << 20) + 1)
+    assert [item.name for item in place.load().binaries] == ["nvidia-smi"]
+
+
+@pytest.mark.parametrize("kind", ["directory", "fifo"])
+def test_inventory_that_is_no_file(place: Place, kind: str) -> None:
+    place.state.mkdir()
+    place.inventory.mkdir() if kind == "directory" else os.mkfifo(place.inventory)
+    warnings: list[str] = []
+    found = driver.load(place.config, V, warnings)
+    assert len(found.libraries) == 2
+    assert os.listdir(place.state) == ["inventory.json"]
+    expected = f"write `{place.inventory}`: is a directory; the next container makes the inventory again"
+    assert warnings == ([expected] if kind == "directory" else [])
+
+
+def test_inventory_no_place_for_it(place: Place) -> None:
+    place.state.write_text("a file where the directory should be")
+    warnings: list[str] = []
+    assert len(driver.load(place.config, V, warnings).libraries) == 2
+    assert [f"write `{place.inventory}`: file exists; the next container makes the inventory again"] == warnings
+
+
+_IN_A_FULL_PLACE = """
+import json, os, sys
+from nvhook import config, driver
+settings = config.load(sys.argv[1])
+warnings = []
+found = driver.load(settings, sys.argv[2], warnings)
+print(json.dumps([len(found.libraries), warnings, os.listdir(settings.state_dir)]))
+"""
+
+
+@pytest.mark.root
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        pytest.param("size=4k", "no space left on device", id="full"),
+        pytest.param("nr_inodes=1", "no space left on device", id="no-inodes"),
+        pytest.param("ro", "read-only file system", id="read-only"),
+    ],
+)
+def test_inventory_no_room_for_it(place: Place, options: str, reason: str) -> None:
+    """In a child, whose mount of a tiny file system nobody else sees."""
+    for number in range(30):
+        place.library(f"libnvidia-part{number}", needed=())
+    needed = tuple(f"libnvidia-part{number}.so.1" for number in range(30))
+    place.library("libnvidia-encode", needed=needed)
+    place.state.mkdir()
+    script = 'mount -t tmpfs -o "$1" none "$2" && shift 2 && exec "$@"'
+    child = [sys.executable, "-c", _IN_A_FULL_PLACE, str(place.directory / "config.toml"), V]
+    done = subprocess.run(
+        ["unshare", "--mount", "--propagation", "private", "sh", "-c", script, "-", options, str(place.state), *child],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, "PYTHONPATH": str(Path(driver.__file__).parents[1])},
+    )
+    warning = f"write `{place.inventory}`: {reason}; the next container makes the inventory again"
+    assert [33, [warning], []] == json.loads(done.stdout)
+
+
+def test_inventory_made_by_several_at_once(place: Place) -> None:
+    place.load(keep=False)  # what it imports is there before the race
+    gate, opener = os.pipe()
+    children = []
+    for _ in range(8):
+        child = os.fork()
+        if child == 0:
+            os.close(opener)
+            os.read(gate, 1)  # ends when the last writer closes
+            status = 1
+            try:
+                status = 0 if len(place.load(again=True).libraries) == 2 else 1
+            finally:
+                os._exit(status)
+        children.append(child)
+    os.close(gate)
+    os.close(opener)
+    assert [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children] == [0] * 8
+    assert os.listdir(place.state) == ["inventory.json"]
+    assert _is_cached(place)

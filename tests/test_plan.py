@@ -1,0 +1,476 @@
+# SPDX-License-Identifier: Apache-2.0
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nvhook import cli, plan
+from nvhook.container import Layout
+from nvhook.driver import Binary, Driver, Library
+from nvhook.errors import DeviceError, DriverError
+from nvhook.gpus import Gpu, Gpus
+from nvhook.request import Request
+
+# A driver of a few files, made by hand
+
+DEBIAN = Layout("/usr/lib/x86_64-linux-gnu", "/usr/lib/i386-linux-gnu")
+OTHERS = Layout("/usr/lib64", "/usr/lib32")
+GPU0 = Gpu(0, 1, "GPU-aa", "0000:07:00.0", "")
+GPU1 = Gpu(1, 0, "GPU-bb", "0000:41:00.0", "")
+MAJORS = {"nvidia": 195, "nvidia-modeset": 195, "nvidia-uvm": 511}
+
+
+def _library(name: str, soname: str, capabilities: str, bits: int = 64) -> Library:
+    return Library(f"/host/lib{bits}/{name}.9.1", soname, bits, (), tuple(capabilities.split()))
+
+
+LIBRARIES = [
+    _library("libGLX_nvidia.so", "libGLX_nvidia.so.0", "display graphics"),
+    _library("libcuda.so", "libcuda.so.1", "compute video"),
+    _library("libnvidia-encode.so", "libnvidia-encode.so.1", "video"),
+    _library("libnvidia-glcore.so", "libnvidia-glcore.so.9.1", "display graphics"),
+    _library("libnvidia-ml.so", "libnvidia-ml.so.1", "utility"),
+    _library("libnvidia-nosoname.so", "", "graphics"),
+    _library("libcuda.so", "libcuda.so.1", "compute video", 32),
+    _library("libnvidia-ml.so", "libnvidia-ml.so.1", "utility", 32),
+]
+BINARIES = [Binary("/host/bin/smi-9.1", "nvidia-smi", "utility"), Binary("/host/bin/mps", "mps", "compute")]
+
+
+def _gpus(majors: dict[str, int] | None = None) -> Gpus:
+    return Gpus("9.1", [GPU0, GPU1], MAJORS if majors is None else majors, (0, 44, 0o660))
+
+
+def _make(
+    capabilities: str,
+    chosen: list[Gpu] | None = None,
+    *,
+    layout: Layout = DEBIAN,
+    majors: dict[str, int] | None = None,
+    libraries: list[Library] | None = None,
+) -> list[str]:
+    """The plan, one line an edit, as short as it can be compared whole."""
+    request = Request(("0",), tuple(capabilities.split()), (), "")
+    driver = Driver("9.1", LIBRARIES if libraries is None else libraries, BINARIES)
+    edits = plan.make(request, [GPU0] if chosen is None else chosen, _gpus(majors), driver, layout)
+    return [_short(edit.describe()) for edit in edits]
+
+
+def _short(edit: dict[str, Any]) -> str:
+    kind = edit.pop("kind")
+    if kind == "mount":
+        assert edit.pop("options") == ["ro", "nosuid", "nodev"]
+        return "{source} > {destination}".format(**edit)
+    if kind == "device":
+        assert edit.pop("type") == "c"
+        return "{path} {major}:{minor} {access}".format(**edit)
+    if kind == "symlink":
+        return "{path} -> {target}".format(**edit)
+    assert list(edit) == ["directories"]
+    return " ".join([kind, *edit["directories"]])
+
+
+CONTROL = "/dev/nvidiactl 195:255 rw"
+GPU = "/dev/nvidia1 195:1 rw"
+UVM = ["/dev/nvidia-uvm 511:0 rw", "/dev/nvidia-uvm-tools 511:1 rw"]
+D64, D32 = DEBIAN.libraries, DEBIAN.libraries32
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "expected"),
+    [
+        pytest.param(
+            "utility",
+            [
+                f"/host/lib64/libnvidia-ml.so.9.1 > {D64}/libnvidia-ml.so.9.1",
+                "/host/bin/smi-9.1 > /usr/bin/nvidia-smi",
+                f"{D64}/libnvidia-ml.so.1 -> libnvidia-ml.so.9.1",
+                GPU,
+                CONTROL,
+                f"ldcache {D64}",
+            ],
+            id="utility",
+        ),
+        pytest.param(
+            "compute",
+            [
+                f"/host/lib64/libcuda.so.9.1 > {D64}/libcuda.so.9.1",
+                "/host/bin/mps > /usr/bin/mps",
+                f"{D64}/libcuda.so.1 -> libcuda.so.9.1",
+                f"{D64}/libcuda.so -> libcuda.so.1",
+                GPU,
+                CONTROL,
+                *UVM,
+                f"ldcache {D64}",
+            ],
+            id="compute",
+        ),
+        pytest.param(
+            "video",
+            [
+                f"/host/lib64/libcuda.so.9.1 > {D64}/libcuda.so.9.1",
+                f"/host/lib64/libnvidia-encode.so.9.1 > {D64}/libnvidia-encode.so.9.1",
+                f"{D64}/libcuda.so.1 -> libcuda.so.9.1",
+                f"{D64}/libcuda.so -> libcuda.so.1",
+                f"{D64}/libnvidia-encode.so.1 -> libnvidia-encode.so.9.1",
+                GPU,
+                CONTROL,
+                *UVM,
+                f"ldcache {D64}",
+            ],
+            id="video-decodes-into-cuda-memory",
+        ),
+        pytest.param(
+            "compat32 compute",
+            [
+                f"/host/lib64/libcuda.so.9.1 > {D64}/libcuda.so.9.1",
+                f"/host/lib32/libcuda.so.9.1 > {D32}/libcuda.so.9.1",
+                "/host/bin/mps > /usr/bin/mps",
+                f"{D64}/libcuda.so.1 -> libcuda.so.9.1",
+                f"{D64}/libcuda.so -> libcuda.so.1",
+                f"{D32}/libcuda.so.1 -> libcuda.so.9.1",
+                f"{D32}/libcuda.so -> libcuda.so.1",
+                GPU,
+                CONTROL,
+                *UVM,
+                f"ldcache {D64} {D32}",
+            ],
+            id="compat32",
+        ),
+        pytest.param(
+            "graphics",
+            [
+                f"/host/lib64/libGLX_nvidia.so.9.1 > {D64}/libGLX_nvidia.so.9.1",
+                f"/host/lib64/libnvidia-glcore.so.9.1 > {D64}/libnvidia-glcore.so.9.1",
+                f"/host/lib64/libnvidia-nosoname.so.9.1 > {D64}/libnvidia-nosoname.so.9.1",
+                f"{D64}/libGLX_nvidia.so.0 -> libGLX_nvidia.so.9.1",
+                f"{D64}/libGLX_indirect.so.0 -> libGLX_nvidia.so.0",
+                GPU,
+                CONTROL,
+                f"ldcache {D64}",
+            ],
+            id="graphics",
+        ),
+        pytest.param(
+            "display",
+            [
+                f"/host/lib64/libGLX_nvidia.so.9.1 > {D64}/libGLX_nvidia.so.9.1",
+                f"/host/lib64/libnvidia-glcore.so.9.1 > {D64}/libnvidia-glcore.so.9.1",
+                f"{D64}/libGLX_nvidia.so.0 -> libGLX_nvidia.so.9.1",
+                f"{D64}/libGLX_indirect.so.0 -> libGLX_nvidia.so.0",
+                GPU,
+                CONTROL,
+                "/dev/nvidia-modeset 195:254 rw",
+                f"ldcache {D64}",
+            ],
+            id="display",
+        ),
+        pytest.param("ngx", [GPU, CONTROL], id="ngx-that-this-driver-has-not"),
+        pytest.param("compat32", [GPU, CONTROL], id="compat32-alone"),
+        pytest.param("", [GPU, CONTROL], id="no-capability"),
+    ],
+)
+def test_make(capabilities: str, expected: list[str]) -> None:
+    assert expected == _make(capabilities)
+
+
+def test_make_other_layout() -> None:
+    expected = [
+        "/host/lib64/libnvidia-ml.so.9.1 > /usr/lib64/libnvidia-ml.so.9.1",
+        "/host/lib32/libnvidia-ml.so.9.1 > /usr/lib32/libnvidia-ml.so.9.1",
+        "/host/bin/smi-9.1 > /usr/bin/nvidia-smi",
+        "/usr/lib64/libnvidia-ml.so.1 -> libnvidia-ml.so.9.1",
+        "/usr/lib32/libnvidia-ml.so.1 -> libnvidia-ml.so.9.1",
+        GPU,
+        CONTROL,
+        "ldcache /usr/lib64 /usr/lib32",
+    ]
+    assert expected == _make("compat32 utility", layout=OTHERS)
+
+
+@pytest.mark.parametrize(
+    ("chosen", "expected"),
+    [
+        pytest.param([], [CONTROL], id="none"),
+        pytest.param([GPU1], ["/dev/nvidia0 195:0 rw", CONTROL], id="one"),
+        pytest.param([GPU0, GPU1], [GPU, "/dev/nvidia0 195:0 rw", CONTROL], id="node-by-minor-order-by-index"),
+    ],
+)
+def test_make_devices_of_gpus(chosen: list[Gpu], expected: list[str]) -> None:
+    assert expected == [line for line in _make("utility", chosen) if line.startswith("/dev/")]
+
+
+@pytest.mark.parametrize(
+    ("majors", "expected"),
+    [
+        pytest.param({"nvidia-frontend": 195}, [GPU, CONTROL], id="older-name"),
+        pytest.param({}, [GPU, CONTROL], id="no-name"),
+        pytest.param({"nvidia": 200}, ["/dev/nvidia1 200:1 rw", "/dev/nvidiactl 200:255 rw"], id="another-major"),
+    ],
+)
+def test_make_devices_of_majors(majors: dict[str, int], expected: list[str]) -> None:
+    assert expected == [line for line in _make("utility", majors=majors) if line.startswith("/dev/")]
+
+
+def test_devices_have_the_owner_that_the_module_wants() -> None:
+    nodes = plan.devices(Request(("0",), ("utility",), (), ""), [GPU0], _gpus())
+    assert [(node.uid, node.gid, node.mode) for node in nodes] == [(0, 44, 0o660)] * 2
+    assert nodes[0].rule() == {"allow": True, "type": "c", "major": 195, "minor": 1, "access": "rw"}
+
+
+@pytest.mark.parametrize("capabilities", ["compute", "video"])
+def test_make_without_unified_memory(capabilities: str) -> None:
+    with pytest.raises(DeviceError, match="nvidia-uvm kernel module is not loaded; load it with `"):
+        _make(capabilities, majors={"nvidia": 195})
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "soname"),
+    [
+        pytest.param("compute", "libcuda.so.1", id="compute"),
+        pytest.param("compat32 compute", "libcuda.so.1", id="compute-32-alone-will-not-do"),
+        pytest.param("utility", "libnvidia-ml.so.1", id="utility"),
+    ],
+)
+def test_make_without_indispensable_library(capabilities: str, soname: str) -> None:
+    libraries = [item for item in LIBRARIES if item.soname != soname or item.bits == 32]
+    with pytest.raises(DriverError) as raised:
+        _make(capabilities, libraries=libraries)
+    asked = capabilities.rsplit(maxsplit=1)[-1]
+    assert str(raised.value) == (
+        f"driver error: `{asked}` is asked for and driver 9.1 on this host has no {soname}; "
+        "install the driver package that holds it"
+    )
+
+
+# Simulated hosts, through `nvhook plan --json`
+
+HOSTS = {"h200": "580.159.04", "a100x2": "550.163.01", "h100x8": "570.133.20"}
+KEYS = {
+    "mount": ["kind", "source", "destination", "options"],
+    "device": ["kind", "path", "type", "major", "minor", "access"],
+    "symlink": ["kind", "path", "target"],
+    "ldcache": ["kind", "directories"],
+}
+Plan = Callable[..., Any]
+
+
+@pytest.fixture(scope="module")
+def rootfs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Debian as far as anybody looks."""
+    directory = tmp_path_factory.mktemp("rootfs")
+    (directory / "etc").mkdir()
+    (directory / "etc/debian_version").touch()
+    return directory
+
+
+@pytest.fixture
+def run(simhost: Callable[[str], Path], rootfs: Path, capfd: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """`nvhook plan --json` on a simulated host, with these variables in the image; what it prints."""
+
+    def run(host: str, env: dict[str, str], *, expected: int = 0) -> str:
+        assert "NVHOOK_CONFIG" not in os.environ
+        words = [word for name, value in env.items() for word in ("--env", f"{name}={value}")]
+        config = simhost(host) / "config.toml"
+        assert cli.main(["plan", "--rootfs", str(rootfs), "--json", *words], str(config)) == expected
+        printed = capfd.readouterr()
+        assert bool(printed.err) == bool(expected)
+        return printed.out or printed.err
+
+    return run
+
+
+@pytest.fixture
+def planned(run: Callable[..., str]) -> Plan:
+    def planned(host: str, devices: str = "all", capabilities: str = "compute,utility") -> Any:
+        return json.loads(run(host, {"NVIDIA_VISIBLE_DEVICES": devices, "NVIDIA_DRIVER_CAPABILITIES": capabilities}))
+
+    return planned
+
+
+def _of(document: Any, kind: str) -> list[Any]:
+    return [edit for edit in document["edits"] if edit["kind"] == kind]
+
+
+@pytest.mark.root
+@pytest.mark.parametrize("host", HOSTS)
+def test_plan_follows_the_contract(planned: Plan, host: str) -> None:
+    document = planned(host, "all", "all")
+    assert list(document) == ["request", "driver", "gpus", "edits"]
+    assert list(document["request"]) == ["devices", "capabilities", "requirements"]
+    assert document["driver"] == {"version": HOSTS[host]}
+    assert {tuple(gpu) for gpu in document["gpus"]} == {("index", "minor", "uuid", "pci")}
+    assert all(list(edit) == KEYS[edit["kind"]] for edit in document["edits"])
+    kinds = [edit["kind"] for edit in document["edits"]]
+    assert list(dict.fromkeys(kinds)) == ["mount", "symlink", "device", "ldcache"]
+    assert kinds == sorted(kinds, key=["mount", "symlink", "device", "ldcache"].index)
+
+
+@pytest.mark.root
+@pytest.mark.parametrize("host", HOSTS)
+def test_plan_is_of_this_host(planned: Plan, simhost: Callable[[str], Path], host: str) -> None:
+    """Sources are files of the driver, links lead to what is mounted, nodes are those of the host."""
+    root = simhost(host)
+    document = planned(host, "all", "all")
+    there = set()
+    for mount in _of(document, "mount"):
+        source = Path(mount["source"])
+        assert source.is_file()
+        assert source == source.resolve()
+        assert source.is_relative_to(root / "driver")
+        assert source.name.endswith(f".so.{HOSTS[host]}") or os.access(source, os.X_OK)
+        assert mount["destination"] not in there
+        there.add(mount["destination"])
+    for link in _of(document, "symlink"):
+        assert link["path"] not in there
+        assert os.path.join(os.path.dirname(link["path"]), link["target"]) in there
+        there.add(link["path"])
+    for node in _of(document, "device"):
+        status = (root / node["path"].lstrip("/")).stat()
+        assert status.st_rdev == os.makedev(node["major"], node["minor"])
+    (ldcache,) = _of(document, "ldcache")
+    libraries = [os.path.dirname(path) for path in there if ".so" in path]
+    assert sorted(set(libraries)) == sorted(ldcache["directories"])
+
+
+@pytest.mark.root
+@pytest.mark.parametrize("host", HOSTS)
+def test_plan_is_the_same_twice(run: Callable[..., str], simhost: Callable[[str], Path], host: str) -> None:
+    env = {"NVIDIA_VISIBLE_DEVICES": "all", "NVIDIA_DRIVER_CAPABILITIES": "all"}
+    assert run(host, env) == run(host, env)
+    assert not (simhost(host) / "run").exists(), "a look leaves nothing behind"
+
+
+@pytest.mark.root
+def test_plan_utility_whole(planned: Plan, simhost: Callable[[str], Path]) -> None:
+    driver = simhost("h200") / "driver/usr/local/nvidia"
+    lib = "/usr/lib/x86_64-linux-gnu"
+
+    def mount(source: str, destination: str) -> dict[str, Any]:
+        options = ["ro", "nosuid", "nodev"]
+        return {"kind": "mount", "source": f"{driver}/{source}", "destination": destination, "options": options}
+
+    def device(name: str, minor: int) -> dict[str, Any]:
+        return {"kind": "device", "path": f"/dev/{name}", "type": "c", "major": 195, "minor": minor, "access": "rw"}
+
+    cfg, ml = "libnvidia-cfg.so.580.159.04", "libnvidia-ml.so.580.159.04"
+    expected = {
+        "request": {"devices": ["0"], "capabilities": ["utility"], "requirements": []},
+        "driver": {"version": "580.159.04"},
+        "gpus": [
+            {"index": 0, "minor": 0, "uuid": "GPU-5f3c1e0a-7d24-4b1e-9a36-0c8e2f4d6b71", "pci": "0000:00:06.0"},
+        ],
+        "edits": [
+            mount(f"lib64/{cfg}", f"{lib}/{cfg}"),
+            mount(f"lib64/{ml}", f"{lib}/{ml}"),
+            mount("bin/nvidia-smi", "/usr/bin/nvidia-smi"),
+            mount("bin/nvidia-debugdump", "/usr/bin/nvidia-debugdump"),
+            mount("bin/nvidia-persistenced", "/usr/bin/nvidia-persistenced"),
+            {"kind": "symlink", "path": f"{lib}/libnvidia-cfg.so.1", "target": cfg},
+            {"kind": "symlink", "path": f"{lib}/libnvidia-ml.so.1", "target": ml},
+            device("nvidia0", 0),
+            device("nvidiactl", 255),
+            {"kind": "ldcache", "directories": [lib]},
+        ],
+    }
+    assert expected == planned("h200", "0", "utility")
+
+
+@pytest.mark.root
+@pytest.mark.parametrize("host", [*HOSTS, "no-driver"])
+@pytest.mark.parametrize("env", [{}, {"NVIDIA_VISIBLE_DEVICES": "void"}], ids=["unset", "void"])
+def test_plan_nothing_asked(run: Callable[..., str], host: str, env: dict[str, str]) -> None:
+    assert json.loads(run(host, env)) == {"request": None, "driver": None, "gpus": [], "edits": []}
+
+
+@pytest.mark.root
+def test_plan_none_has_the_libraries_and_no_gpu(planned: Plan) -> None:
+    document = planned("h200", "none")
+    assert document["gpus"] == []
+    assert "libcuda.so.1" in {os.path.basename(link["path"]) for link in _of(document, "symlink")}
+    nodes = [node["path"] for node in _of(document, "device")]
+    assert nodes == ["/dev/nvidiactl", "/dev/nvidia-uvm", "/dev/nvidia-uvm-tools"]
+
+
+@pytest.mark.root
+def test_plan_requirements(run: Callable[..., str]) -> None:
+    env = {"NVIDIA_VISIBLE_DEVICES": "all", "NVIDIA_REQUIRE_CUDA": "cuda>=12.2"}
+    assert json.loads(run("h200", env))["request"]["requirements"] == ["cuda>=12.2"]
+    line = run("h200", {**env, "NVIDIA_REQUIRE_CUDA": "driver>=999"}, expected=1)
+    assert line.startswith("nvhook: requirement error: image needs `driver>=999`")
+
+
+@pytest.mark.root
+def test_plan_takes_nothing_of_an_older_driver(run: Callable[..., str]) -> None:
+    env = {"NVIDIA_VISIBLE_DEVICES": "all", "NVIDIA_DRIVER_CAPABILITIES": "all"}
+    assert "550.163.01" not in run("h100x8", env)
+
+
+@pytest.mark.root
+@pytest.mark.parametrize(
+    ("host", "device", "expected"),
+    [
+        pytest.param("a100x2", "0", [(0, 1, "0000:07:00.0")], id="first-on-the-bus-is-nvidia1"),
+        pytest.param("a100x2", "1", [(1, 0, "0000:0a:00.0")], id="second-on-the-bus-is-nvidia0"),
+        pytest.param("a100x2", "1,0", [(0, 1, "0000:07:00.0"), (1, 0, "0000:0a:00.0")], id="order-of-the-host"),
+        pytest.param("a100x2", "00000000:0A:00.0", [(1, 0, "0000:0a:00.0")], id="pci"),
+        pytest.param("h100x8", "GPU-5ac", [(2, 2, "0000:52:00.0")], id="beginning-of-a-uuid"),
+        pytest.param("h100x8", "7,GPU-e3", [(1, 1, "0000:43:00.0"), (7, 7, "0000:df:00.0")], id="index-and-uuid"),
+    ],
+)
+def test_plan_chooses(planned: Plan, host: str, device: str, expected: list[tuple[int, int, str]]) -> None:
+    document = planned(host, device, "utility")
+    assert expected == [(gpu["index"], gpu["minor"], gpu["pci"]) for gpu in document["gpus"]]
+    nodes = [node["path"] for node in _of(document, "device")]
+    assert nodes == [*(f"/dev/nvidia{minor}" for _, minor, _ in expected), "/dev/nvidiactl"]
+
+
+@pytest.mark.root
+@pytest.mark.parametrize(
+    ("capabilities", "directories"),
+    [
+        pytest.param("compute", ["/usr/lib/x86_64-linux-gnu"], id="without"),
+        pytest.param("compute,compat32", ["/usr/lib/x86_64-linux-gnu", "/usr/lib/i386-linux-gnu"], id="with"),
+    ],
+)
+def test_plan_32_bit_libraries_with_compat32_alone(planned: Plan, capabilities: str, directories: list[str]) -> None:
+    document = planned("a100x2", "all", capabilities)
+    assert directories == _of(document, "ldcache")[0]["directories"]
+    found = {os.path.dirname(item["destination"]) for item in _of(document, "mount") if ".so." in item["destination"]}
+    assert found == set(directories)
+
+
+@pytest.mark.root
+@pytest.mark.parametrize(
+    ("host", "env", "message"),
+    [
+        pytest.param("no-driver", {}, "device error: the nvidia kernel module is not loaded: no `", id="no-driver"),
+        pytest.param(
+            "h100x8",
+            {"NVIDIA_VISIBLE_DEVICES": "GPU-5a"},
+            "device error: `GPU-5a` is the beginning of several UUIDs: 0 (GPU-5a17c0d4",
+            id="ambiguous",
+        ),
+        pytest.param(
+            "a100x2",
+            {"NVIDIA_VISIBLE_DEVICES": "2"},
+            "device error: unknown device `2`; this host has 0 (GPU-c41d7b52",
+            id="unknown",
+        ),
+        pytest.param(
+            "h200",
+            {"NVIDIA_DRIVER_CAPABILITIES": "sound"},
+            "request error: unknown capability `sound`",
+            id="capability",
+        ),
+    ],
+)
+def test_plan_error_is_one_line(run: Callable[..., str], host: str, env: dict[str, str], message: str) -> None:
+    line = run(host, {"NVIDIA_VISIBLE_DEVICES": "all", **env}, expected=1)
+    assert line.startswith(f"nvhook: {message}")
+    assert line.count("\n") == 1

@@ -1,0 +1,375 @@
+# SPDX-License-Identifier: Apache-2.0
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from nvhook import config, request, spec
+from nvhook.errors import RequestError
+from nvhook.request import Request
+
+DEVICES = "NVIDIA_VISIBLE_DEVICES"
+CAPABILITIES = "NVIDIA_DRIVER_CAPABILITIES"
+ALL = ("compat32", "compute", "display", "graphics", "ngx", "utility", "video")
+VOLUMES = "/var/run/nvidia-container-devices"
+ACCEPT_MOUNTS = "accept-nvidia-visible-devices-as-volume-mounts = true\n"
+REFUSE_ENV = "accept-nvidia-visible-devices-envvar-when-unprivileged = false\n"
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> Path:
+    return tmp_path / "config.toml"
+
+
+def _ask(
+    settings: Path,
+    env: dict[str, str] | None = None,
+    *,
+    text: str = "",
+    mounts: list[str] | None = None,
+    annotations: dict[str, str] | None = None,
+    privileged: bool = False,
+    warnings: list[str] | None = None,
+) -> Request | None:
+    settings.write_text(text)
+    described = spec.Spec(
+        env=env or {},
+        mounts=[("/dev/null", destination) for destination in mounts or []],
+        annotations=annotations or {},
+        privileged=privileged,
+        rootfs="/",
+        device_rules=[],
+    )
+    return request.read(described, config.load(str(settings)), warnings)
+
+
+def _devices(found: Request | None) -> tuple[str, ...] | None:
+    return found.devices if found else None
+
+
+# NVIDIA_VISIBLE_DEVICES
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        pytest.param(None, None, id="unset"),
+        pytest.param("", None, id="empty"),
+        pytest.param("void", None, id="void"),
+        pytest.param(" ", None, id="blank"),
+        pytest.param(",", None, id="comma"),
+        pytest.param(" , ,", None, id="commas-and-blanks"),
+        pytest.param("all", ("all",), id="all"),
+        pytest.param("none", ("none",), id="none"),
+        pytest.param("0", ("0",), id="index"),
+        pytest.param("0,1", ("0", "1"), id="indexes"),
+        pytest.param("1,0", ("1", "0"), id="order-is-kept"),
+        pytest.param(" 0 , 1 ", ("0", "1"), id="blanks"),
+        pytest.param("0,,1,", ("0", "1"), id="empty-items"),
+        pytest.param("0,1,0", ("0", "1"), id="twice"),
+        pytest.param("GPU-5f3c,MIG-77,0:1", ("GPU-5f3c", "MIG-77", "0:1"), id="uuid-mig"),
+        pytest.param("0000:00:06.0", ("0000:00:06.0",), id="pci"),
+        pytest.param("0,void", None, id="void-in-a-list"),
+        pytest.param("all,void", None, id="void-after-all"),
+        pytest.param("none,all", ("none",), id="none-first"),
+        pytest.param("all,none", ("all",), id="all-first"),
+        pytest.param("0,all", ("all",), id="index-and-all"),
+        pytest.param("0,none,all", ("none",), id="index-none-all"),
+        pytest.param("ALL", ("ALL",), id="upper-case-is-an-id"),
+        pytest.param("nvidia.com/gpu=0", ("0",), id="cdi"),
+        pytest.param("nvidia.com/gpu=all", ("all",), id="cdi-all"),
+        pytest.param("nvidia.com/gpu=none", ("none",), id="cdi-none"),
+        pytest.param("runtime.nvidia.com/gpu=1", ("1",), id="cdi-runtime"),
+        pytest.param("nvidia.com/gpu=0,0", ("0",), id="cdi-and-index"),
+        pytest.param("vendor.com/net=0", ("vendor.com/net=0",), id="cdi-of-another"),
+        pytest.param("0;1", ("0;1",), id="semicolon"),
+        pytest.param("0\n1", ("0\n1",), id="newline"),
+    ],
+)
+def test_devices_of_variable(settings: Path, value: str | None, expected: tuple[str, ...] | None) -> None:
+    env = {} if value is None else {DEVICES: value}
+    assert expected == _devices(_ask(settings, env))
+
+
+def test_request_whole(settings: Path) -> None:
+    found = _ask(settings, {DEVICES: "1,0", CAPABILITIES: "utility,compute", "NVIDIA_REQUIRE_CUDA": "cuda>=12.2"})
+    assert found is not None
+    expected = {"devices": ["1", "0"], "capabilities": ["compute", "utility"], "requirements": ["cuda>=12.2"]}
+    assert (expected, DEVICES) == (found.describe(), found.origin)
+
+
+def test_request_of_other_variables_is_none(settings: Path) -> None:
+    env = {CAPABILITIES: "nonsense", "NVIDIA_REQUIRE_CUDA": "nonsense", "CUDA_VERSION": "nonsense", DEVICES: "void"}
+    assert _ask(settings, env) is None
+
+
+# swarm-resource
+
+
+@pytest.mark.parametrize(
+    ("env", "resource", "expected"),
+    [
+        pytest.param({"A": "1", DEVICES: "all"}, "A", ("1",), id="replaces"),
+        pytest.param({DEVICES: "0"}, "A", ("0",), id="not-set"),
+        pytest.param({"A": "", DEVICES: "0"}, "A", None, id="set-and-empty"),
+        pytest.param({"A": "1", "B": "2,1"}, "A,B", ("1", "2"), id="two"),
+        pytest.param({"B": "2", DEVICES: "0"}, "A,B", ("2",), id="the-second-alone"),
+        pytest.param({"A": "1", "B": "void"}, "A,B", None, id="void-in-one"),
+        pytest.param({"A": "1", DEVICES: "0"}, "", ("0",), id="not-configured"),
+    ],
+)
+def test_devices_of_swarm_resource(
+    settings: Path, env: dict[str, str], resource: str, expected: tuple[str, ...] | None
+) -> None:
+    assert expected == _devices(_ask(settings, env, text=f"swarm-resource = '{resource}'"))
+
+
+# Who may ask, and how
+
+
+@pytest.mark.parametrize(
+    ("policy", "privileged", "mounts", "expected", "origin"),
+    [
+        pytest.param("", False, ["0"], ("1",), DEVICES, id="default-env"),
+        pytest.param("", True, ["0"], ("1",), DEVICES, id="default-env-privileged"),
+        pytest.param(ACCEPT_MOUNTS, False, ["0"], ("0",), "volume mounts", id="mounts-come-first"),
+        pytest.param(ACCEPT_MOUNTS, False, [], ("1",), DEVICES, id="no-mounts-then-env"),
+        pytest.param(ACCEPT_MOUNTS + REFUSE_ENV, False, ["0"], ("0",), "volume mounts", id="mounts-alone"),
+        pytest.param(ACCEPT_MOUNTS + REFUSE_ENV, False, [], None, "", id="env-refused"),
+        pytest.param(ACCEPT_MOUNTS + REFUSE_ENV, True, [], ("1",), DEVICES, id="env-of-a-privileged-one"),
+        pytest.param(REFUSE_ENV, False, ["0"], None, "", id="neither"),
+        pytest.param(REFUSE_ENV, True, ["0"], ("1",), DEVICES, id="mounts-refused-privileged"),
+    ],
+)
+def test_policy(
+    settings: Path, policy: str, privileged: bool, mounts: list[str], expected: tuple[str, ...] | None, origin: str
+) -> None:
+    warnings: list[str] = []
+    found = _ask(
+        settings,
+        {DEVICES: "1"},
+        text=policy,
+        mounts=[f"{VOLUMES}/{name}" for name in mounts],
+        privileged=privileged,
+        warnings=warnings,
+    )
+    ignored = [f"{DEVICES} of an unprivileged container is ignored, as config.toml says"]
+    assert (expected, origin) == (_devices(found), found.origin if found else "")
+    assert warnings == ([] if found else ignored)
+
+
+@pytest.mark.parametrize("env", [{}, {DEVICES: "void"}, {DEVICES: ""}], ids=["unset", "void", "empty"])
+def test_policy_is_silent_where_nothing_is_asked(settings: Path, env: dict[str, str]) -> None:
+    warnings: list[str] = []
+    assert _ask(settings, env, text=REFUSE_ENV, warnings=warnings) is None
+    assert warnings == []
+
+
+@pytest.mark.parametrize(
+    ("destinations", "expected"),
+    [
+        pytest.param([f"{VOLUMES}/all"], ("all",), id="all"),
+        pytest.param([f"{VOLUMES}/0", f"{VOLUMES}/1"], ("0", "1"), id="two"),
+        pytest.param([f"{VOLUMES}/0", f"{VOLUMES}/0/"], ("0",), id="twice"),
+        pytest.param([f"{VOLUMES}/./x/../0"], ("0",), id="dots"),
+        pytest.param([f"{VOLUMES}//0"], ("0",), id="slashes"),
+        pytest.param([f"{VOLUMES}/GPU-5f3c"], ("GPU-5f3c",), id="uuid"),
+        pytest.param([VOLUMES], None, id="root-alone"),
+        pytest.param([f"{VOLUMES}/"], None, id="root-with-slash"),
+        pytest.param([f"{VOLUMES}X/0"], None, id="beyond-the-boundary"),
+        pytest.param([f"{VOLUMES}/../x/0"], None, id="out-of-it"),
+        pytest.param(["/else/0"], None, id="elsewhere"),
+        pytest.param([f"{VOLUMES}/imex/0"], None, id="imex"),
+        pytest.param([f"{VOLUMES}/imex/0", f"{VOLUMES}/1"], ("1",), id="imex-and-gpu"),
+        pytest.param([f"{VOLUMES}/cdi/nvidia.com/gpu/0"], ("0",), id="cdi-slashes"),
+        pytest.param([f"{VOLUMES}/cdi/nvidia.com/gpu=0"], ("0",), id="cdi-equals"),
+        pytest.param([f"{VOLUMES}/cdi/nvidia.com/gpu/all"], ("all",), id="cdi-all"),
+        pytest.param([f"{VOLUMES}/cdi/vendor.com/net/0"], ("vendor.com/net=0",), id="cdi-of-another"),
+        pytest.param([f"{VOLUMES}/none"], ("none",), id="none"),
+        pytest.param([f"{VOLUMES}/void"], None, id="void"),
+    ],
+)
+def test_devices_of_mounts(settings: Path, destinations: list[str], expected: tuple[str, ...] | None) -> None:
+    assert expected == _devices(_ask(settings, text=ACCEPT_MOUNTS, mounts=destinations))
+
+
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    [
+        pytest.param("/dev/null", ("0",), id="null"),
+        pytest.param("/dev/./null", ("0",), id="dots"),
+        pytest.param("/dev/zero", None, id="zero"),
+        pytest.param("", None, id="none"),
+        pytest.param("/", None, id="root"),
+    ],
+)
+def test_devices_of_mounts_source(settings: Path, source: str, expected: tuple[str, ...] | None) -> None:
+    settings.write_text(ACCEPT_MOUNTS)
+    described = spec.Spec(
+        env={}, mounts=[(source, f"{VOLUMES}/0")], annotations={}, privileged=False, rootfs="/", device_rules=[]
+    )
+    assert expected == _devices(request.read(described, config.load(str(settings))))
+
+
+@pytest.mark.parametrize(
+    ("annotations", "expected", "origin"),
+    [
+        pytest.param({"cdi.k8s.io/x": "nvidia.com/gpu=0"}, ("0",), "annotations", id="one"),
+        pytest.param(
+            {"cdi.k8s.io/x": "nvidia.com/gpu=0, nvidia.com/gpu=GPU-5"}, ("0", "GPU-5"), "annotations", id="two"
+        ),
+        pytest.param({"cdi.k8s.io/x": "nvidia.com/gpu=all"}, ("all",), "annotations", id="all"),
+        pytest.param(
+            {"cdi.k8s.io/b": "nvidia.com/gpu=1", "cdi.k8s.io/a": "nvidia.com/gpu=0"},
+            ("0", "1"),
+            "annotations",
+            id="keys-sorted",
+        ),
+        pytest.param(
+            {"cdi.k8s.io/x": "vendor.com/net=7,nvidia.com/gpu=0"}, ("0",), "annotations", id="beside-another-vendor"
+        ),
+        pytest.param({"cdi.k8s.io/x": "vendor.com/net=7"}, ("9",), DEVICES, id="another-vendor-alone"),
+        pytest.param({"cdi.k8s.io/x": "0"}, ("9",), DEVICES, id="unqualified"),
+        pytest.param({"cdi.k8s.io/x": "nvidia.com/gpu=0,1"}, ("9",), DEVICES, id="one-unqualified"),
+        pytest.param({"cdi.k8s.io/x": "nvidia.com/gpu="}, ("9",), DEVICES, id="no-device"),
+        pytest.param({"cdi.k8s.io/x": ""}, ("9",), DEVICES, id="empty"),
+        pytest.param({"else/x": "nvidia.com/gpu=0"}, ("9",), DEVICES, id="another-key"),
+        pytest.param({}, ("9",), DEVICES, id="none"),
+    ],
+)
+def test_devices_of_annotations(
+    settings: Path, annotations: dict[str, str], expected: tuple[str, ...], origin: str
+) -> None:
+    found = _ask(settings, {DEVICES: "9"}, annotations=annotations)
+    assert found is not None
+    assert (expected, origin) == (found.devices, found.origin)
+
+
+def test_devices_of_annotations_come_before_mounts(settings: Path) -> None:
+    found = _ask(
+        settings,
+        text=ACCEPT_MOUNTS + REFUSE_ENV,
+        mounts=[f"{VOLUMES}/0"],
+        annotations={"cdi.k8s.io/x": "nvidia.com/gpu=1"},
+    )
+    assert _devices(found) == ("1",)
+
+
+# Capabilities
+
+
+@pytest.mark.parametrize(
+    ("value", "supported", "expected"),
+    [
+        pytest.param(None, "all", ("compute", "utility"), id="unset"),
+        pytest.param("", "all", ("compute", "utility"), id="empty"),
+        pytest.param(" , ", "all", ("compute", "utility"), id="blank"),
+        pytest.param("all", "all", ALL, id="all"),
+        pytest.param("compute,all", "all", ALL, id="all-in-a-list"),
+        *(pytest.param(name, "all", (name,), id=name) for name in ALL),
+        pytest.param("utility,compute", "all", ("compute", "utility"), id="sorted"),
+        pytest.param(" video , video ", "all", ("video",), id="twice-with-blanks"),
+        pytest.param(None, "utility", ("utility",), id="unset-limited"),
+        pytest.param(None, "video", (), id="unset-nothing-left"),
+        pytest.param("all", "utility,video", ("utility", "video"), id="all-limited"),
+        pytest.param("video", "utility,video", ("video",), id="one-of-those-supported"),
+        pytest.param("all", "", (), id="all-of-none"),
+    ],
+)
+def test_capabilities(settings: Path, value: str | None, supported: str, expected: tuple[str, ...]) -> None:
+    env = {DEVICES: "all"} if value is None else {DEVICES: "all", CAPABILITIES: value}
+    found = _ask(settings, env, text=f"supported-driver-capabilities = '{supported}'")
+    assert found is not None
+    assert expected == found.capabilities
+
+
+@pytest.mark.parametrize(
+    ("value", "supported", "message"),
+    [
+        pytest.param("sound", "all", "unknown capability `sound` in NVIDIA_DRIVER_CAPABILITIES=`sound`", id="unknown"),
+        pytest.param("compute,sound", "all", "unknown capability `sound`", id="unknown-in-a-list"),
+        pytest.param("COMPUTE", "all", "unknown capability `COMPUTE`", id="upper-case"),
+        pytest.param("compute utility", "all", "unknown capability `compute utility`", id="blank-for-comma"),
+        pytest.param("a\x1b[2J\nb", "all", "unknown capability `a\\x1b[2J\\nb`", id="escapes"),
+        pytest.param(
+            "video",
+            "compute,utility",
+            "capability `video` in NVIDIA_DRIVER_CAPABILITIES=`video` is not allowed on this host; "
+            "`supported-driver-capabilities` in config.toml allows compute, utility",
+            id="unsupported",
+        ),
+        pytest.param("compute,video", "compute", "capability `video`", id="one-unsupported"),
+        pytest.param("compute", "", "in config.toml allows none", id="none-supported"),
+    ],
+)
+def test_capabilities_refused(settings: Path, value: str, supported: str, message: str) -> None:
+    with pytest.raises(RequestError) as raised:
+        _ask(settings, {DEVICES: "all", CAPABILITIES: value}, text=f"supported-driver-capabilities = '{supported}'")
+    assert message in str(raised.value)
+    assert str(raised.value).startswith("request error: ")
+    assert "\n" not in str(raised.value)
+
+
+# Images from before NVIDIA_REQUIRE_CUDA, and requirements
+
+
+@pytest.mark.parametrize(
+    ("env", "expected"),
+    [
+        pytest.param({"CUDA_VERSION": "8.0.61"}, (("all",), ALL, ("cuda>=8.0",)), id="legacy"),
+        pytest.param({"CUDA_VERSION": "9"}, (("all",), ALL, ("cuda>=9",)), id="major-alone"),
+        pytest.param({"CUDA_VERSION": "8.0", DEVICES: "1"}, (("1",), ALL, ("cuda>=8.0",)), id="devices-named"),
+        pytest.param(
+            {"CUDA_VERSION": "8.0", CAPABILITIES: "video"}, (("all",), ("video",), ("cuda>=8.0",)), id="caps-named"
+        ),
+        pytest.param(
+            {"CUDA_VERSION": "8.0", CAPABILITIES: ""},
+            (("all",), ("compute", "utility"), ("cuda>=8.0",)),
+            id="caps-empty",
+        ),
+        pytest.param({"CUDA_VERSION": "8.0", "NVIDIA_REQUIRE_CUDA": ""}, (("all",), ALL, ("cuda>=8.0",)), id="empty"),
+        pytest.param({"CUDA_VERSION": "8.0", DEVICES: ""}, None, id="devices-empty"),
+        pytest.param({"CUDA_VERSION": "8.0", DEVICES: "void"}, None, id="void"),
+        pytest.param({"CUDA_VERSION": "", DEVICES: "0"}, (("0",), ("compute", "utility"), ()), id="version-empty"),
+        pytest.param({"CUDA_VERSION": "12.2", "NVIDIA_REQUIRE_CUDA": "cuda>=12.2"}, None, id="not-legacy"),
+    ],
+)
+def test_legacy_image(settings: Path, env: dict[str, str], expected: object) -> None:
+    found = _ask(settings, env)
+    assert expected == (found and (found.devices, found.capabilities, found.requirements))
+
+
+@pytest.mark.parametrize("version", ["new", "8.x", "8..1", ".8", "v8.0", "\u0668.\u0660"])
+def test_legacy_image_version_refused(settings: Path, version: str) -> None:
+    with pytest.raises(RequestError) as raised:
+        _ask(settings, {"CUDA_VERSION": version})
+    assert str(raised.value) == f"request error: CUDA_VERSION=`{version}` is not a version"
+
+
+@pytest.mark.parametrize(
+    ("env", "text", "expected"),
+    [
+        pytest.param({}, "", (), id="none"),
+        pytest.param({"NVIDIA_REQUIRE_CUDA": "cuda>=12"}, "", ("cuda>=12",), id="one"),
+        pytest.param({"NVIDIA_REQUIRE_B": "b", "NVIDIA_REQUIRE_A": "c"}, "", ("b", "c"), id="sorted"),
+        pytest.param({"NVIDIA_REQUIRE_B": "b", "NVIDIA_REQUIRE_A": "b"}, "", ("b",), id="once"),
+        pytest.param({"NVIDIA_REQUIRE_A": ""}, "", (), id="empty"),
+        pytest.param({"NVIDIA_REQUIRE_JETPACK": "x", "NVIDIA_REQUIRE_JETPACK_HOST": "y"}, "", (), id="jetpack"),
+        pytest.param({"NVIDIA_REQUIRED": "x", "XNVIDIA_REQUIRE_A": "y"}, "", (), id="other-names"),
+        *(
+            pytest.param({"NVIDIA_REQUIRE_A": "a", "NVIDIA_DISABLE_REQUIRE": word}, "", (), id=f"disabled-{word}")
+            for word in ("1", "t", "T", "TRUE", "true", "True")
+        ),
+        *(
+            pytest.param({"NVIDIA_REQUIRE_A": "a", "NVIDIA_DISABLE_REQUIRE": word}, "", ("a",), id=f"enabled-{word}")
+            for word in ("", "0", "false", "yes", "tRUE", " 1")
+        ),
+        pytest.param({"NVIDIA_REQUIRE_A": "a"}, "disable-require = true", (), id="disabled-on-the-host"),
+        pytest.param({"CUDA_VERSION": "x"}, "disable-require = true", (), id="disabled-version-not-looked-at"),
+    ],
+)
+def test_requirements(settings: Path, env: dict[str, str], text: str, expected: tuple[str, ...]) -> None:
+    found = _ask(settings, {DEVICES: "all", **env}, text=text)
+    assert found is not None
+    assert expected == found.requirements
