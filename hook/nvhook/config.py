@@ -140,7 +140,7 @@ def _parse(content: bytes, path: str) -> dict[str, object]:
     try:
         table: dict[str, object] = tomllib.loads(content.decode())
         return table
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ConfigError(f"parse `{path}`: {error}") from None
 
 
@@ -183,7 +183,7 @@ def _checked(key: str, value: object, path: str) -> object:
         raise ConfigError(f"`{path}`: unknown value `{value}` for `{key}`", f"one of {', '.join(allowed)}")
     if key.startswith("nvhook.") and not os.path.isabs(str(value)):
         raise ConfigError(f"`{path}`: `{key}` must be an absolute path, not `{value}`")
-    if key == "nvidia-container-runtime.runtimes" and not value:
+    if key == "nvidia-container-runtime.runtimes" and not any(_names(value)):
         raise ConfigError(f"`{path}`: `{key}` names no low-level runtime", 'for example ["runc", "crun"]')
     return value
 

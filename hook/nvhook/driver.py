@@ -182,6 +182,8 @@ def _write(path: str, origin: Json, driver: Driver) -> None:
     os.makedirs(os.path.dirname(path), mode=0o755, exist_ok=True)
     # Several containers may start at once with no inventory yet: each writes its own file, the last one stays.
     beside = f"{path}.{os.getpid()}"
+    if os.path.lexists(beside):
+        os.unlink(beside)  # of a process that was killed, and whose number is now ours
     fd = os.open(beside, os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_WRONLY | os.O_CLOEXEC, 0o644)
     try:
         with open(fd, "wb") as file:

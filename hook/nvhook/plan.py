@@ -67,12 +67,14 @@ def devices(request: Request, chosen: list[Gpu], gpus: Gpus) -> list[Device]:
         major = gpus.majors.get("nvidia-uvm")
         if major is None:
             raise DeviceError(
-                "compute is asked for and the nvidia-uvm kernel module is not loaded",
+                "compute or video is asked for and the nvidia-uvm kernel module is not loaded",
                 "load it with `nvidia-modprobe -u -c 0` or `modprobe nvidia-uvm`",
             )
         nodes += [node("nvidia-uvm", major, 0), node("nvidia-uvm-tools", major, 1)]
-    if "display" in request.capabilities and "nvidia-modeset" in gpus.majors:
-        nodes.append(node("nvidia-modeset", gpus.majors["nvidia-modeset"], 254))
+    # Before driver 560 one name, nvidia-frontend, stands for all nodes of this major.
+    modeset = gpus.majors.get("nvidia-modeset", gpus.majors.get("nvidia-frontend"))
+    if "display" in request.capabilities and modeset is not None:
+        nodes.append(node("nvidia-modeset", modeset, 254))
     return nodes
 
 

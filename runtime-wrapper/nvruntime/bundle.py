@@ -38,12 +38,15 @@ def directory(arguments: list[str]) -> str:
 
 def add_hook(config: Json, path: str, arguments: list[str], env: list[str]) -> None:
     """Make `path` the one NVIDIA hook among the prestart hooks, in the place of those that are there."""
-    hooks = config.setdefault("hooks", None) or {}
+    hooks = config.get("hooks") or {}
+    present = hooks.get("prestart") or [] if isinstance(hooks, dict) else None
+    if not isinstance(present, list) or not all(isinstance(hook, dict) for hook in present):
+        raise SpecError("config.json: `hooks.prestart` is not a list of objects")
     config["hooks"] = hooks
     ours = {"path": path, "args": [os.path.basename(path), *arguments], "env": env}
     others: list[Json] = []
     place = None
-    for hook in hooks.get("prestart") or []:
+    for hook in present:
         if os.path.basename(str(hook.get("path"))) in HOOK_NAMES:
             place = len(others) if place is None else place
         else:
