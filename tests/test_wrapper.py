@@ -28,7 +28,7 @@ NO_PYTHON = "#!/bin/sh\necho 'python was started'; exit 42\n"
 
 HOOK_ENTRY = {
     "path": str(HOOK),
-    "args": ["nvidia-container-runtime-hook", "--config", "{config}", "prestart"],
+    "args": ["nvidia-container-runtime-hook", "--config", "{config}", "{stage}"],
     "env": ["PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"],
 }
 RULES = [
@@ -110,9 +110,12 @@ class Place:
         words = (self.runtime.parent / "environment").read_bytes().decode().split("\0")[:-1]
         return dict(word.split("=", 1) for word in words)
 
-    def hook(self) -> dict[str, Any]:
-        arguments = [word.format(config=self.config) for word in HOOK_ENTRY["args"]]
+    def hook(self, stage: str = "prestart") -> dict[str, Any]:
+        arguments = [word.format(config=self.config, stage=stage) for word in HOOK_ENTRY["args"]]
         return {**HOOK_ENTRY, "args": arguments}
+
+    def hooks(self) -> dict[str, Any]:
+        return {stage: [self.hook(stage)] for stage in ("prestart", "poststop")}
 
 
 @pytest.fixture
@@ -385,7 +388,7 @@ def test_create_edits(place: Place) -> None:
     place.write(env=ALL, linux={"resources": {"devices": [DENY_ALL]}})
     former = json.loads(place.spec.read_text())
     linux = {"resources": {"devices": [DENY_ALL, *RULES]}}
-    assert {**former, "linux": linux, "hooks": {"prestart": [place.hook()]}} == place.create()
+    assert {**former, "linux": linux, "hooks": place.hooks()} == place.create()
 
 
 def test_create_keeps_what_it_does_not_know(place: Place) -> None:
@@ -396,9 +399,7 @@ def test_create_keeps_what_it_does_not_know(place: Place) -> None:
     document = place.create()
     assert list(former) == list(document)[: len(former)]
     assert list(document["zebra"][3]) == ["b", "a"]
-    assert {**former, "hooks": {"poststop": [], "prestart": [place.hook()]}} == {
-        key: value for key, value in document.items() if key != "linux"
-    }
+    assert {**former, "hooks": place.hooks()} == {key: value for key, value in document.items() if key != "linux"}
 
 
 def test_create_twice_is_create_once(place: Place) -> None:
@@ -416,7 +417,8 @@ def test_create_takes_the_place_of_dockers_hook(place: Place, name: str) -> None
     theirs = {"path": name, "args": ["x", "prestart"]}
     first, last = {"path": "/first"}, {"path": "/last/nvidia-container-runtime-hook-not"}
     place.write(env=ALL, hooks={"prestart": [first, theirs, last, theirs], "createRuntime": [first]})
-    assert {"prestart": [first, place.hook(), last], "createRuntime": [first]} == place.create()["hooks"]
+    expected = {**place.hooks(), "prestart": [first, place.hook(), last], "createRuntime": [first]}
+    assert expected == place.create()["hooks"]
 
 
 @pytest.mark.parametrize("hooks", [None, {}, {"prestart": None}, {"prestart": []}])
@@ -445,7 +447,7 @@ def test_create_without_cgroups(place: Place) -> None:
 def test_hook_without_configuration() -> None:
     """Nothing is named to the hook, which then takes its own default."""
     document: dict[str, Any] = {}
-    bundle.add_hook(document, "/h/nvidia-container-runtime-hook", ["prestart"], create.HOOK_ENV)
+    bundle.add_hook(document, "prestart", "/h/nvidia-container-runtime-hook", [], create.HOOK_ENV)
     hook = {**HOOK_ENTRY, "path": "/h/nvidia-container-runtime-hook"}
     assert {"hooks": {"prestart": [{**hook, "args": ["nvidia-container-runtime-hook", "prestart"]}]}} == document
 
@@ -601,7 +603,20 @@ def test_log_that_cannot_be_written(place: Place, log: str) -> None:
 
 def test_environment_reaches_the_runtime_unchanged(place: Place) -> None:
     """The launcher's own variables must not write over the caller's exported ones."""
-    names = ("python", "config", "name", "names", "command", "skip", "runtime", "table", "line", "list", "file", "place")
+    names = (
+        "python",
+        "config",
+        "name",
+        "names",
+        "command",
+        "skip",
+        "runtime",
+        "table",
+        "line",
+        "list",
+        "file",
+        "place",
+    )
     env = dict.fromkeys(names, "the caller's")
     place.configure(f"[nvidia-container-runtime]\nruntimes = ['{place.runtime}']")
     done = place.run("state", "x", env={**env, "PATH": "/usr/bin:/bin", "NVHOOK_CONFIG": str(place.config)})

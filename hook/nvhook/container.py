@@ -69,6 +69,11 @@ class Container:
             kernel.setfsgid(self.gid)
             kernel.setfsuid(self.uid)
 
+    def be_host(self) -> None:
+        """Files are the host's root's again, for what is kept on the host; the namespace stays."""
+        kernel.setfsuid(os.geteuid())
+        kernel.setfsgid(os.getegid())
+
 
 def find(state: State, spec: Spec) -> Container:
     """The container of `state`, whose root filesystem `spec` names.

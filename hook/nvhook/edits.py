@@ -14,6 +14,7 @@ import errno
 import os
 import stat
 
+from . import leftovers
 from .errors import LdcacheError, MountError, reason
 from .linux import bind, ldconfig
 
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
     from .config import Config
     from .container import Container
+    from .leftovers import Trace
 
 _NODE_BIND_OPTIONS = ("nosuid", "noexec")
 _CACHE = "/etc/ld.so.cache"
@@ -34,13 +36,17 @@ class SourceGone(Exception):  # noqa: N818 - not an error yet: the inventory is 
 
 
 class Edit:
-    """`apply` leaves in `_undo` how to take back what it did, also when it fails half-way."""
+    """`apply` leaves in `_undo` how to take back what it did, also when it fails half-way.
 
-    __slots__ = ("_undo",)
+    `traces` is what stays in the root filesystem when the container and its mounts are gone (leftovers.py).
+    """
+
+    __slots__ = ("_undo", "traces")
     kind = ""
 
     def __init__(self) -> None:
         self._undo: list[Callable[[], None]] = []
+        self.traces: list[Trace] = []
 
     def describe(self) -> dict[str, object]:
         raise NotImplementedError
@@ -70,12 +76,17 @@ class Edit:
             for parent, child in made:
                 self._undo.append(_remover(os.rmdir, parent, child))
                 os.close(parent)
+            above = directory.split("/")
+            for count in range(len(above) - len(made), len(above)):
+                self.traces.append({"kind": "directory", "path": "/".join(above[: count + 1])})
 
-    def _create(self, parent: int, name: str) -> None:
+    def _create(self, parent: int, path: str) -> None:
         """An empty file to mount onto."""
+        name = os.path.basename(path)
         flags = os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_WRONLY | os.O_CLOEXEC
         os.close(os.open(name, flags, 0o644, dir_fd=parent))
         self._undo.append(_remover(os.unlink, parent, name))
+        self.traces.append({"kind": "file", "path": path})
 
 
 def _remover(remove: Callable[..., None], parent: int, name: str) -> Callable[[], None]:
@@ -149,7 +160,7 @@ class Mount(Edit):
             try:
                 status = _look(parent, name)
                 if status is None:
-                    self._create(parent, name)
+                    self._create(parent, self.destination)
                 elif not stat.S_ISREG(status.st_mode):
                     raise OSError(errno.EEXIST, f"the image has {_kind_of(status)} there")
                 mounted = self._source.attach(parent, name)
@@ -232,6 +243,7 @@ class Device(Edit):
         except PermissionError:
             return False
         self._undo.append(_remover(os.unlink, parent, name))
+        self.traces.append({"kind": "node", "path": self.path, "major": self.major, "minor": self.minor})
         fd = os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=parent)
         try:
             if not self._is_this(os.fstat(fd)):
@@ -247,7 +259,7 @@ class Device(Edit):
         if self._source is None:
             raise OSError(errno.ENODEV, f"has to be bound, and `{self._host_path}` is not {self.major}:{self.minor}")
         if not is_there:
-            self._create(parent, name)
+            self._create(parent, self.path)
         mounted = self._source.attach(parent, name)
         self._undo.append(lambda: bind.detach(mounted))
 
@@ -285,6 +297,7 @@ class Symlink(Edit):
         if status is None:
             os.symlink(self.target, name, dir_fd=parent)
             self._undo.append(_remover(os.unlink, parent, name))
+            self._trace(None)
         elif stat.S_ISLNK(status.st_mode):
             if os.readlink(name, dir_fd=parent) != self.target:
                 self._replace(parent, name)
@@ -296,6 +309,7 @@ class Symlink(Edit):
     def _replace(self, parent: int, name: str) -> None:
         former = os.readlink(name, dir_fd=parent)
         self._swap(parent, name, self.target)
+        self._trace(former)
         kept = os.dup(parent)
 
         def take_back() -> None:
@@ -305,6 +319,9 @@ class Symlink(Edit):
                 os.close(kept)
 
         self._undo.append(take_back)
+
+    def _trace(self, former: str | None) -> None:
+        self.traces.append({"kind": "link", "path": self.path, "target": self.target, "former": former})
 
     @staticmethod
     def _swap(parent: int, name: str, target: str) -> None:
@@ -333,12 +350,13 @@ class Symlink(Edit):
 class Ldcache(Edit):
     """The container's linker cache, made anew with `directories` first."""
 
-    __slots__ = ("_program", "directories")
+    __slots__ = ("_program", "directories", "former")
     kind = "ldcache"
 
     def __init__(self, directories: tuple[str, ...]) -> None:
         super().__init__()
         self.directories = directories
+        self.former = -1  # a descriptor of the image's own cache, once it is replaced
         self._program = -1
 
     def describe(self) -> dict[str, object]:
@@ -363,15 +381,12 @@ class Ldcache(Edit):
             etc, name = self._parent(container, _CACHE)
             try:
                 self._remember(etc, name)
+                owner = (container.uid, container.gid)
+                ldconfig.run(self._program, container.rootfs, container.root, self.directories, owner)
+                made = leftovers.identity(os.stat(name, dir_fd=etc, follow_symlinks=False))
+                self.traces.append({"kind": "cache", "path": _CACHE, "made": made, "former": self.former >= 0})
             finally:
                 os.close(etc)
-            ldconfig.run(
-                self._program,
-                container.rootfs,
-                container.root,
-                self.directories,
-                (container.uid, container.gid),
-            )
         except OSError as error:
             raise LdcacheError(f"make `{_CACHE}` of `{container.rootfs}`: {reason(error)}") from None
 
@@ -381,27 +396,11 @@ class Ldcache(Edit):
         if status is None:
             self._undo.append(_remover(os.unlink, etc, name))
         elif stat.S_ISREG(status.st_mode) and status.st_size <= _MAX_CACHE:
-            former = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=etc)
+            self.former = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=etc)
             directory = os.dup(etc)
-            self._undo.append(lambda: _restore(directory, name, former, status))
+            self._undo.append(lambda: leftovers.restore(self.former, directory, name))
         else:
             raise OSError(errno.EEXIST, f"the image has {_kind_of(status)} there")
-
-
-def _restore(directory: int, name: str, former: int, status: os.stat_result) -> None:
-    beside = f".{name}.nvhook"
-    flags = os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_WRONLY | os.O_CLOEXEC
-    fd = os.open(beside, flags, stat.S_IMODE(status.st_mode), dir_fd=directory)
-    try:
-        while os.sendfile(fd, former, None, 1 << 20):
-            pass
-        os.fchmod(fd, stat.S_IMODE(status.st_mode))
-        os.utime(fd, ns=(status.st_atime_ns, status.st_mtime_ns))
-    finally:
-        os.close(fd)
-        os.close(former)
-    os.rename(beside, name, src_dir_fd=directory, dst_dir_fd=directory)
-    os.close(directory)
 
 
 def apply(edits: list[Edit], container: Container) -> None:

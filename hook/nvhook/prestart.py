@@ -16,8 +16,8 @@ from . import container as containers
 from . import driver as drivers
 from . import edits as editing
 from . import gpus as hosts
-from . import plan, request, requirements, spec
-from .errors import ContainerError, DriverError, NvhookError
+from . import leftovers, plan, request, requirements, spec
+from .errors import ContainerError, DriverError, NvhookError, SpecError, reason
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -42,13 +42,16 @@ def main(arguments: list[str], default_config: str) -> int:
 
         print(f"NVIDIA Container Runtime Hook version {VERSION} (nvhook)")
         return 0
-    if command != "prestart":
+    if command == "poststart":
         return 0
     warnings: list[str] = []
     try:
         config = configuration.load(config_path or default_config, must_exist=bool(config_path))
-        warnings += config.warnings
-        prestart(config, warnings)
+        if command == "prestart":
+            warnings += config.warnings
+            prestart(config, warnings)
+        else:
+            poststop(config, warnings)
         return 0
     except NvhookError as error:
         print(f"nvidia-container-runtime-hook: {error}", file=sys.stderr)
@@ -88,6 +91,7 @@ def prestart(config: Config, warnings: list[str]) -> None:
         return
     container = containers.find(state, described)
     edits = prepare(config, asked, container, warnings)
+    notes = _notes(config, state, warnings)
     undo_access = _allow(edits, described, config, container)
     try:
         container.enter()
@@ -95,6 +99,43 @@ def prestart(config: Config, warnings: list[str]) -> None:
     except BaseException:
         undo_access()
         raise
+    if notes:
+        container.be_host()
+        _note(notes, state, container, edits, warnings)
+
+
+def poststop(config: Config, warnings: list[str]) -> None:
+    """Take away what the container on stdin has left of our edits in its root filesystem.
+
+    The container is over: a fault here is told and changes nothing, as the command of NVIDIA does nothing at all.
+    """
+    try:
+        state = spec.read_state(sys.stdin.fileno(), is_alive=False)
+        leftovers.clean(config.state_dir, state)
+    except SpecError as error:
+        warnings.append(str(error))
+
+
+def _notes(config: Config, state: spec.State, warnings: list[str]) -> leftovers.Notes | None:
+    try:
+        return leftovers.Notes(config.state_dir, state)
+    except SpecError as error:
+        warnings.append(f"{error.message}; empty files will stay in the container's layer")
+        return None
+    except OSError as error:
+        warnings.append(f"open `{config.state_dir}`: {reason(error)}; empty files will stay in the container's layer")
+        return None
+
+
+def _note(
+    notes: leftovers.Notes, state: spec.State, container: Container, edits: list[editing.Edit], warnings: list[str]
+) -> None:
+    traces = [trace for edit in edits for trace in edit.traces]
+    former = next((edit.former for edit in edits if isinstance(edit, editing.Ldcache)), -1)
+    try:
+        notes.write(state, container.rootfs, traces, former)
+    except OSError as error:
+        warnings.append(f"note what to clean up: {reason(error)}; empty files will stay in the container's layer")
 
 
 def prepare(config: Config, asked: Request, container: Container, warnings: list[str]) -> list[editing.Edit]:

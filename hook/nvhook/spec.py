@@ -85,8 +85,11 @@ def _is_wild_or(value: object, number: int) -> bool:
     return value in (None, -1, number)
 
 
-def read_state(fd: int) -> State:
-    """The state that the low-level runtime writes to a hook's stdin, read to its end; SpecError if it is none."""
+def read_state(fd: int, *, is_alive: bool = True) -> State:
+    """The state that the low-level runtime writes to a hook's stdin, read to its end; SpecError if it is none.
+
+    A container that has been stopped (`is_alive` False) has no process; its `pid` is 0 then, or missing.
+    """
     content = b""
     while chunk := os.read(fd, 65536):
         content += chunk
@@ -100,7 +103,9 @@ def read_state(fd: int) -> State:
         raise SpecError("read the container's state: stdin is not a JSON object")
     pid = state.get("pid")
     bundle = state.get("bundle") or state.get("bundlePath")  # bundlePath: before OCI 1.0
-    if not isinstance(pid, int) or isinstance(pid, bool) or pid <= 0:
+    if not is_alive:
+        pid = 0
+    elif not isinstance(pid, int) or isinstance(pid, bool) or pid <= 0:
         raise SpecError(f"read the container's state: `pid` is `{pid}`, not a process")
     if not isinstance(bundle, str) or not os.path.isabs(bundle):
         raise SpecError(f"read the container's state: `bundle` is `{bundle}`, not an absolute path")

@@ -36,14 +36,14 @@ def directory(arguments: list[str]) -> str:
     return os.path.abspath(bundle or ".")
 
 
-def add_hook(config: Json, path: str, arguments: list[str], env: list[str]) -> None:
-    """Make `path` the one NVIDIA hook among the prestart hooks, in the place of those that are there."""
+def add_hook(config: Json, stage: str, path: str, arguments: list[str], env: list[str]) -> None:
+    """Make `path` the one NVIDIA hook of a `stage` (prestart, poststop), in the place of those that are there."""
     hooks = config.get("hooks") or {}
-    present = hooks.get("prestart") or [] if isinstance(hooks, dict) else None
+    present = hooks.get(stage) or [] if isinstance(hooks, dict) else None
     if not isinstance(present, list) or not all(isinstance(hook, dict) for hook in present):
-        raise SpecError("config.json: `hooks.prestart` is not a list of objects")
+        raise SpecError(f"config.json: `hooks.{stage}` is not a list of objects")
     config["hooks"] = hooks
-    ours = {"path": path, "args": [os.path.basename(path), *arguments], "env": env}
+    ours = {"path": path, "args": [os.path.basename(path), *arguments, stage], "env": env}
     others: list[Json] = []
     place = None
     for hook in present:
@@ -52,7 +52,7 @@ def add_hook(config: Json, path: str, arguments: list[str], env: list[str]) -> N
         else:
             others.append(hook)
     others.insert(len(others) if place is None else place, ours)
-    hooks["prestart"] = others
+    hooks[stage] = others
 
 
 def add_device_rules(config: Json, rules: list[dict[str, object]]) -> None:

@@ -92,7 +92,8 @@ def edit(arguments: list[str], hook: str, config: Config, warnings: list[str]) -
     if not config.no_cgroups:
         bundle.add_device_rules(document, [node.rule() for node in nodes])
     which = ["--config", os.path.abspath(config.path)] if config.path else []
-    bundle.add_hook(document, hook, [*which, "prestart"], HOOK_ENV)
+    for stage in ("prestart", "poststop"):
+        bundle.add_hook(document, stage, hook, which, HOOK_ENV)
     bundle.write(place, document, status)
 
 
