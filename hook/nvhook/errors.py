@@ -80,5 +80,6 @@ class RuntimeLookupError(NvhookError):
 
 
 def reason(error: OSError) -> str:
-    """The operating system's text for an OSError, without errno and file name, in lower case."""
-    return (error.strerror or str(error)).lower()
+    """The operating system's text for an OSError, without errno and file name, and without its capital letter."""
+    text = error.strerror or str(error)
+    return text[:1].lower() + text[1:]  # the rest may be text of ours, with paths in it
