@@ -52,7 +52,8 @@ def test_installed_modules_have_bytecode_that_is_used(prefix: Path) -> None:
 
 def test_hook_does_nothing_after_the_start(prefix: Path) -> None:
     for command in ("poststart", "poststop"):
-        subprocess.run([str(prefix / "bin/nvidia-container-runtime-hook"), command], env={}, check=True)
+        program = str(prefix / "bin/nvidia-container-runtime-hook")
+        subprocess.run([program, command], env={}, stdin=subprocess.DEVNULL, check=True)
 
 
 @pytest.mark.parametrize("words", [[], ["sing"], ["--config"], ["--nonsense", "prestart"]], ids=str)
