@@ -7,11 +7,15 @@ places where the distribution keeps them, so that a dynamically linked program o
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import shutil
+import stat
 import subprocess
+import tempfile
 import uuid
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -91,12 +95,16 @@ def _ldconfig() -> str:
 
 
 class Bundle:
-    """An OCI bundle with a container of its own name; `config` is written to config.json by `write`."""
+    """An OCI bundle with a container of its own name; `config` is written to config.json by `write`.
+
+    `through` is a command that starts the one given to it: in another cgroup hierarchy, with mounts of its own, traced.
+    """
 
     def __init__(self, directory: Path, rootfs: Path) -> None:
         self.directory = directory
         self.rootfs = rootfs
         self.id = f"nvhook-test-{uuid.uuid4().hex[:12]}"
+        self.through: tuple[str, ...] = ()
         directory.mkdir(parents=True, exist_ok=True)
         self.config: dict[str, Any] = _config(rootfs, self.id)
 
@@ -114,21 +122,39 @@ class Bundle:
         return self
 
     def run(
-        self, config: Path | None, *, runtime: str = "runc", wrapper: Path = WRAPPER
+        self, config: Path | None, *, runtime: str = "runc", wrapper: Path = WRAPPER, options: tuple[str, ...] = ()
     ) -> subprocess.CompletedProcess[str]:
-        """`run` through the wrapper, with `runtime` first on the PATH that it looks on; a minute at most."""
-        environment = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "XDG_RUNTIME_DIR": "/run"}
-        if "LD_LIBRARY_PATH" in os.environ:  # a crun unpacked from a package, beside its libraries
-            environment["LD_LIBRARY_PATH"] = os.environ["LD_LIBRARY_PATH"]
-        if config:
-            environment["NVHOOK_CONFIG"] = str(config)
-        command = [str(wrapper), "run", "--bundle", str(self.directory), self.id]
+        """`run` through the wrapper, which finds `runtime` in `config`; a minute at most."""
+        words = (*options, "run", "--bundle", str(self.directory), self.id)
         try:
-            return subprocess.run(
-                command, env=environment, capture_output=True, text=True, timeout=60, input="", check=False
-            )
+            return self.call(config, *words, wrapper=wrapper)
         finally:
-            subprocess.run([runtime, "delete", "--force", self.id], capture_output=True, check=False)
+            self.delete(runtime)
+
+    def call(
+        self, config: Path | None, *words: str, wrapper: Path = WRAPPER, output: Path | None = None
+    ) -> subprocess.CompletedProcess[str]:
+        """The wrapper with these arguments. A container that lives on holds its streams: they go to `output`."""
+        command = [*self.through, str(wrapper), *words]
+        env = _environment(config)
+        if output is None:
+            return subprocess.run(command, env=env, input="", capture_output=True, text=True, timeout=60, check=False)
+        with output.open("w") as file:
+            return subprocess.run(
+                command, env=env, stdin=subprocess.DEVNULL, stdout=file, stderr=file, text=True, timeout=60, check=False
+            )
+
+    def delete(self, runtime: str = "runc") -> None:
+        subprocess.run([*self.through, runtime, "delete", "--force", self.id], capture_output=True, check=False)
+
+
+def _environment(config: Path | None) -> dict[str, str]:
+    environment = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "XDG_RUNTIME_DIR": "/run"}
+    if "LD_LIBRARY_PATH" in os.environ:  # a crun unpacked from a package, beside its libraries
+        environment["LD_LIBRARY_PATH"] = os.environ["LD_LIBRARY_PATH"]
+    if config:
+        environment["NVHOOK_CONFIG"] = str(config)
+    return environment
 
 
 def _config(rootfs: Path, name: str) -> dict[str, Any]:
@@ -168,3 +194,136 @@ def _config(rootfs: Path, name: str) -> dict[str, Any]:
             "namespaces": [{"type": kind} for kind in ("pid", "ipc", "uts", "mount", "network")],
         },
     }
+
+
+def own_mounts(script: str) -> tuple[str, ...]:
+    """For `Bundle.through`: a mount namespace of its own, and `script` run in it first."""
+    return ("unshare", "--mount", "--propagation", "private", "sh", "-euc", f'{script}\nexec "$@"', "-")
+
+
+@functools.cache
+def cgroups(version: int) -> tuple[str, ...]:
+    """For `Bundle.through`: the cgroup hierarchy of that version. LookupError, with the reason, where there is none.
+
+    A machine of version 1 can show an empty hierarchy of version 2 in a mount namespace, and runc then lives in it.
+    """
+    is_unified = Path("/sys/fs/cgroup/cgroup.controllers").exists()
+    if version == 1 and (is_unified or not Path("/sys/fs/cgroup/devices/devices.list").exists()):
+        raise LookupError("cgroup v1 is not on this machine: no devices controller in /sys/fs/cgroup/devices")
+    through: tuple[str, ...] = ()
+    if version == 2 and not is_unified:
+        through = own_mounts("umount -R /sys/fs/cgroup 2>/dev/null || :\nmount -t cgroup2 none /sys/fs/cgroup")
+    reason = why_not("runc", through)
+    if reason:
+        raise LookupError(f"cgroup v{version} cannot be used on this machine: {reason}")
+    return through
+
+
+def any_cgroups() -> tuple[str, ...]:
+    """For `Bundle.through` where the version makes no difference."""
+    try:
+        return cgroups(1)
+    except LookupError:
+        return cgroups(2)
+
+
+def why_not(runtime: str, through: tuple[str, ...], options: tuple[str, ...] = ()) -> str:
+    """Empty when `runtime` by itself starts a container on this machine, else what it says."""
+    if not shutil.which(runtime):
+        return f"{runtime} is not installed"
+    with tempfile.TemporaryDirectory(prefix="nvhook-probe-") as name:
+        bundle = Bundle(Path(name) / "bundle", make_image("busybox", Path(name) / "rootfs")).write()
+        bundle.through = through
+        result = bundle.run(None, runtime=runtime, wrapper=Path(runtime), options=options)
+        # crun leaves the cgroup of a container that it could not start.
+        left = ("find", "/sys/fs/cgroup", "-depth", "-type", "d", "-name", bundle.id, "-exec", "rmdir", "{}", "+")
+        subprocess.run([*through, *left], capture_output=True, check=False)
+    lines = result.stderr.strip().splitlines() or [f"status {result.returncode}"]
+    return lines[-1] if result.returncode else ""
+
+
+def configure(host: Path, path: Path, state: Path, *, runtime: str = "runc", more: str = "") -> Path:
+    """A config.toml at `path` for the simulated host `host`, with a state directory and a runtime of one's own."""
+    path.write_text(
+        f"{more}\n"
+        f'[nvidia-container-cli]\nroot = "{host}/driver"\nldconfig = "@/sbin/ldconfig"\n'
+        f'[nvidia-container-runtime]\nruntimes = ["{runtime}"]\n'
+        f'[nvhook]\ndev-root = "{host}"\nproc-root = "{host}"\nstate-dir = "{state}"\n'
+    )
+    return path
+
+
+def tree(top: Path) -> dict[str, str]:
+    """Path below `top` -> mode, owner, device, size, time of change and link target; of a directory no time."""
+    found = {}
+    for directory, directories, files in os.walk(top):
+        for name in (*directories, *files):
+            path = os.path.join(directory, name)
+            status = os.lstat(path)
+            target = os.readlink(path) if stat.S_ISLNK(status.st_mode) else ""
+            is_file = stat.S_ISREG(status.st_mode)
+            content = f"{status.st_size} {status.st_mtime_ns}" if is_file else f"{status.st_rdev}"
+            found[path] = f"{status.st_mode:o} {status.st_uid}:{status.st_gid} {content} {target}".rstrip()
+    return found
+
+
+class Workshop:
+    """A directory in which bundles over copies of images are made, for containers on simulated hosts.
+
+    Root of a user namespace has to come through, so its mode is 0755 all the way; whoever made it removes it.
+    """
+
+    def __init__(self, place: Path, simhost: Callable[[str], Path]) -> None:
+        place.chmod(0o755)
+        self.place = place
+        self.simhost = simhost
+        self._count = 0
+
+    def new(self, what: str) -> Path:
+        """A path that nothing has yet."""
+        self._count += 1
+        return self.place / f"{what}{self._count}"
+
+    def bundle(self, family: str = "debian") -> Bundle:
+        image = self.place / f"image-{family}"
+        if not image.exists():
+            make_image(family, image)
+        rootfs = self.new("rootfs")
+        subprocess.run(["cp", "-a", str(image), str(rootfs)], check=True)
+        bundle = Bundle(self.new("bundle"), rootfs)
+        bundle.through = any_cgroups()
+        return bundle
+
+    def config(self, host: str) -> Path:
+        """config.toml for the simulated host of that name; one inventory for all who ask."""
+        path = self.place / f"{host}.toml"
+        if not path.exists():
+            configure(self.simhost(host), path, self.place / f"state-{host}")
+        return path
+
+    def copy_of(self, host: str) -> tuple[Path, Path]:
+        """(a simulated host of one's own, its config.toml with a state directory of its own)."""
+        copy = self.new(host)
+        subprocess.run(["cp", "-a", str(self.simhost(host)), str(copy)], check=True)
+        return copy, configure(copy, copy / "config.toml", copy / "run")
+
+
+# For the shell in a container: `try NODE` says whether the device cgroup lets it open the node. That there is no driver
+# behind the node of a simulated GPU is known only after that was decided.
+TRY = """
+try() {
+    case $( (exec 3<>"$1") 2>&1) in
+    *"not permitted"*) echo "$1 denied" ;;
+    "" | *"No such device"*) echo "$1 open" ;;
+    *) (exec 3<>"$1") 2>&1 ;;
+    esac
+}
+"""
+
+
+def gpu_lines(host: str, *indices: int) -> str:
+    """What `nvidia-smi -L` prints in a container that has these GPUs of a simulated host, which it numbers anew."""
+    (path,) = (REPOSITORY / "tests/hosts").glob(f"{host}*.json")
+    gpus = json.loads(path.read_text())["gpus"]
+    chosen = (gpus[index] for index in indices)
+    return "".join(f"GPU {number}: {gpu['name']} (UUID: {gpu['uuid']})\n" for number, gpu in enumerate(chosen))

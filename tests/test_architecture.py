@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from nvhook import config, driver
+from nvhook import config, inventory
 
 REPOSITORY = Path(__file__).parent.parent
 HOOK = REPOSITORY / "hook/nvhook"
@@ -221,7 +221,7 @@ def test_road_of_the_hook_with_an_inventory(simhost: Callable[[str], Path], tmp_
     settings = tmp_path / "config.toml"
     text = (host / "config.toml").read_text()
     settings.write_text(text.replace(f"{host}/run", f"{tmp_path}/run"))
-    driver.load(config.load(str(settings)), "580.159.04", [])
+    inventory.load(config.load(str(settings)), "580.159.04", [])
     loaded = _loaded(_HOOK_ROAD, str(settings), _bundle(tmp_path, "NVIDIA_VISIBLE_DEVICES=all"))
     assert {"nvhook.driver", "nvhook.plan", "nvhook.linux.kernel"} <= loaded
     # tomllib is the price of having a configuration file, ctypes that of mounting by descriptor.

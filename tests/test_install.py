@@ -89,7 +89,8 @@ def test_destdir_is_not_in_the_launchers(tmp_path: Path) -> None:
         text = launcher.read_text()
         assert str(tmp_path) not in text
         assert "/opt/nvhook/lib/nvhook" in text
-        assert "/etc/nvidia-container-runtime/config.toml" in text
+        if launcher.name != "nvidia-docker":  # has nothing to configure
+            assert "/etc/nvidia-container-runtime/config.toml" in text
         assert os.access(launcher, os.X_OK)
 
 

@@ -9,7 +9,7 @@ import os
 import sys
 
 from . import config as configuration
-from . import container, driver, gpus, plan, request, requirements, spec
+from . import container, gpus, inventory, plan, request, requirements, spec
 from .errors import NvhookError, SpecError, reason
 from .linux.root import DIRECTORY, Root
 from .version import VERSION
@@ -73,7 +73,7 @@ def _plan(options: argparse.Namespace, config: Config, warnings: list[str]) -> N
     host = gpus.read(config.proc_root)
     chosen = gpus.select(asked.devices, host.gpus)
     requirements.check(asked.requirements, requirements.facts_of(host.driver_version))
-    found = driver.load(config, host.driver_version, warnings, keep=False)
+    found = inventory.load(config, host.driver_version, warnings, keep=False)
     edits = plan.make(asked, chosen, host, found, container.layout(_root(described.rootfs)))
     document = {
         "request": asked.describe(),

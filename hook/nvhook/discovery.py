@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Finds the driver's files below the driver root: what driver.py keeps, made from scratch.
+"""Finds the driver's files below the driver root: what inventory.py keeps, made from scratch.
 
 Where to look is the linker cache and the directories that distributions use, together. What counts is the file: a
 library belongs to the driver if its real name ends with the kernel module's version and its ELF header is for this

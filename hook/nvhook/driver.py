@@ -1,30 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """The host's driver as files: its libraries and programs, and which driver capabilities each belongs to.
 
-Finding that out is dear (discovery.py: every ELF file is opened) and the same for every container, so it is kept as
-`inventory.json` below the state directory. The inventory is good exactly as long as what it was made from is the
-same: driver version, boot, linker cache, configuration. Whoever can write there decides what is mounted into
-containers, so a file that others than its owner may write is not believed.
+The records alone. discovery.py makes them from the files of the host, inventory.py keeps them.
 """
 
 from __future__ import annotations
 
-import json
 import os
-import stat
-
-from .config import Config
-from .errors import reason
-
-_NAME = "inventory.json"
-_FORMAT = 1
-_MAX_SIZE = 4 << 20
-
-TYPE_CHECKING = False
-if TYPE_CHECKING:
-    from typing import Any  # noqa: TID251 - never at run time
-
-    Json = dict[str, Any]
 
 
 class Library:
@@ -72,123 +54,3 @@ class Driver:
         self.version = version
         self.libraries = libraries
         self.binaries = binaries
-
-
-def load(config: Config, version: str, warnings: list[str], *, again: bool = False, keep: bool = True) -> Driver:
-    """The driver `version` (the kernel module's), from the inventory if that is good and `again` does not forbid it.
-
-    What had to be made is written to the state directory, unless `keep` says to touch nothing.
-
-    DriverError when this host has no libraries of that version. A state directory that cannot be written costs a
-    warning and the work of the next start.
-    """
-    path = os.path.join(config.state_dir, _NAME)
-    origin = _origin(config, version)
-    if not again:
-        driver = _read(path, origin)
-        if driver is not None:
-            return driver
-    from . import discovery  # pyelftools and what it brings, once per driver
-
-    driver = discovery.discover(config.driver_root, config.ldcache, version)
-    if not keep:
-        return driver
-    try:
-        _write(path, origin, driver)
-    except OSError as error:
-        warnings.append(f"write `{path}`: {reason(error)}; the next container makes the inventory again")
-    return driver
-
-
-def _origin(config: Config, version: str) -> Json:
-    """What an inventory was made from; compared whole."""
-    return {
-        "format": _FORMAT,
-        "driver": version,
-        "boot": _boot_id(config.proc_root),
-        "driver root": config.driver_root,
-        "linker cache": _identity(os.path.join(config.driver_root, config.ldcache.lstrip("/"))),
-        "configuration": _identity(config.path) if config.path else None,
-    }
-
-
-def _boot_id(proc_root: str) -> str:
-    try:
-        with open(os.path.join(proc_root, "proc/sys/kernel/random/boot_id"), encoding="ascii") as file:
-            return file.read().strip()
-    except OSError:
-        return ""
-
-
-def _identity(path: str) -> list[object] | None:
-    try:
-        status = os.stat(path)
-    except OSError:
-        return None
-    return [path, status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns]
-
-
-def _read(path: str, origin: Json) -> Driver | None:
-    """None for an inventory that is missing, not ours, of another origin, or damaged."""
-    try:
-        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-    except OSError:
-        return None
-    try:
-        status = os.fstat(fd)
-        if not _is_ours(status) or status.st_size > _MAX_SIZE:
-            return None
-        with open(fd, "rb", closefd=False) as file:
-            inventory = json.loads(file.read())
-        if inventory["origin"] != origin:
-            return None
-        return _driver(inventory)
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        return None
-    finally:
-        os.close(fd)
-
-
-def _is_ours(status: os.stat_result) -> bool:
-    return stat.S_ISREG(status.st_mode) and status.st_uid == os.geteuid() and not status.st_mode & 0o022
-
-
-def _driver(inventory: Json) -> Driver:
-    return Driver(
-        inventory["origin"]["driver"],
-        [
-            Library(item["path"], item["soname"], item["bits"], tuple(item["needed"]), tuple(item["capabilities"]))
-            for item in inventory["libraries"]
-        ],
-        [Binary(item["path"], item["name"], item["capability"]) for item in inventory["binaries"]],
-    )
-
-
-def _write(path: str, origin: Json, driver: Driver) -> None:
-    inventory = {
-        "origin": origin,
-        "libraries": [
-            {
-                "path": item.path,
-                "soname": item.soname,
-                "bits": item.bits,
-                "needed": item.needed,
-                "capabilities": item.capabilities,
-            }
-            for item in driver.libraries
-        ],
-        "binaries": [{"path": item.path, "name": item.name, "capability": item.capability} for item in driver.binaries],
-    }
-    os.makedirs(os.path.dirname(path), mode=0o755, exist_ok=True)
-    # Several containers may start at once with no inventory yet: each writes its own file, the last one stays.
-    beside = f"{path}.{os.getpid()}"
-    if os.path.lexists(beside):
-        os.unlink(beside)  # of a process that was killed, and whose number is now ours
-    fd = os.open(beside, os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_WRONLY | os.O_CLOEXEC, 0o644)
-    try:
-        with open(fd, "wb") as file:
-            file.write(json.dumps(inventory, indent=1).encode())
-        os.rename(beside, path)
-    except OSError:
-        os.unlink(beside)
-        raise

@@ -13,10 +13,9 @@ import sys
 
 from . import config as configuration
 from . import container as containers
-from . import driver as drivers
 from . import edits as editing
 from . import gpus as hosts
-from . import leftovers, plan, request, requirements, spec
+from . import inventory, leftovers, plan, request, requirements, spec
 from .errors import ContainerError, DriverError, NvhookError, SpecError, reason
 
 TYPE_CHECKING = False
@@ -144,7 +143,7 @@ def prepare(config: Config, asked: Request, container: Container, warnings: list
     chosen = hosts.select(asked.devices, gpus.gpus)
     requirements.check(asked.requirements, requirements.facts_of(gpus.driver_version))
     for again in (False, True):
-        driver = drivers.load(config, gpus.driver_version, warnings, again=again)
+        driver = inventory.load(config, gpus.driver_version, warnings, again=again)
         edits = plan.make(asked, chosen, gpus, driver, container.layout)
         try:
             _prepare(edits, config)

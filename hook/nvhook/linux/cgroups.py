@@ -81,7 +81,8 @@ def allow(proc_dir_fd: int, rules: list[Rule]) -> Callable[[], None]:
     if not rules:
         return lambda: None
     try:
-        version, path = devices_cgroup(_read("cgroup", dir_fd=proc_dir_fd))
+        v1 = any(_is_hierarchy(line, 1) for line in _read("/proc/self/mountinfo").split("\n"))
+        version, path = devices_cgroup(_read("cgroup", dir_fd=proc_dir_fd), v1=v1)
         if version == 1:
             _allow_v1(*_open_cgroup(1, path, steps), rules, steps)
         else:
@@ -118,16 +119,17 @@ def _fault(did: str, error: OSError) -> OSError:
 # Where the cgroup is
 
 
-def devices_cgroup(text: str) -> tuple[int, str]:
+def devices_cgroup(text: str, *, v1: bool = True) -> tuple[int, str]:
     """The version and the path of the cgroup that limits devices, from the text of a /proc/<pid>/cgroup.
 
-    A hybrid machine has both versions; there the device rules are with version 1, if that has the controller.
+    A hybrid machine has both versions; there the device rules are with version 1, if that has the controller. `v1` is
+    whether that is mounted here: the kernel lists it even when nothing is, and then no runtime can have used it.
     """
     paths: dict[int, str] = {}
     for line in text.split("\n"):
         hierarchy, _, rest = line.partition(":")
         controllers, _, path = rest.partition(":")
-        if "devices" in controllers.split(","):
+        if v1 and "devices" in controllers.split(","):
             paths[1] = path
         elif hierarchy == "0" and not controllers:
             paths[2] = path
@@ -147,17 +149,21 @@ def mounted_at(mountinfo: str, version: int, path: str) -> list[tuple[int, str]]
     """
     places: list[tuple[int, str]] = []
     for line in mountinfo.split("\n"):
-        left, _, right = line.partition(" - ")
-        fstype, _, options = right.partition(" ")
-        if version == 1 and (fstype != "cgroup" or "devices" not in options.split(" ")[-1].split(",")):
+        if not _is_hierarchy(line, version):
             continue
-        if version == 2 and fstype != "cgroup2":
-            continue
-        mount_id, _, _, root, directory = left.split(" ")[:5]
+        mount_id, _, _, root, directory = line.split(" ")[:5]
         root = unescape(root).rstrip("/")
         if f"{path}/".startswith(f"{root}/"):
             places.append((int(mount_id), unescape(directory).rstrip("/") + path[len(root) :].rstrip("/")))
     return places
+
+
+def _is_hierarchy(line: str, version: int) -> bool:
+    """Whether a line of mountinfo is a mount of this version; of version 1, of the one with the devices controller."""
+    fstype, _, options = line.partition(" - ")[2].partition(" ")
+    if version == 2:
+        return fstype == "cgroup2"
+    return fstype == "cgroup" and "devices" in options.split(" ")[-1].split(",")
 
 
 def up_to_scope(path: str) -> list[str]:

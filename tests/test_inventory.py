@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""driver.py and discovery.py: driver roots of small ELF files, and the inventory that is kept of them."""
+"""discovery.py and inventory.py: driver roots of small ELF files, and the inventory that is kept of them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from nvhook import config as configuration
-from nvhook import driver
+from nvhook import inventory
 from nvhook.config import Config
 from nvhook.driver import Driver
 from nvhook.errors import DriverError
@@ -76,13 +76,13 @@ class Place:
     def load(self, version: str = V, **options: bool) -> Driver:
         """The driver, without warnings."""
         warnings: list[str] = []
-        found = driver.load(self.config, version, warnings, **options)
+        found = inventory.load(self.config, version, warnings, **options)
         assert warnings == []
         return found
 
     def error(self, version: str = V) -> str:
         with pytest.raises(DriverError) as raised:
-            driver.load(self.config, version, [])
+            inventory.load(self.config, version, [])
         assert "\n" not in str(raised.value)
         return str(raised.value)
 
@@ -472,7 +472,7 @@ def test_inventory_that_is_no_file(place: Place, kind: str) -> None:
     place.state.mkdir()
     place.inventory.mkdir() if kind == "directory" else os.mkfifo(place.inventory)
     warnings: list[str] = []
-    found = driver.load(place.config, V, warnings)
+    found = inventory.load(place.config, V, warnings)
     assert len(found.libraries) == 2
     assert os.listdir(place.state) == ["inventory.json"]
     expected = f"write `{place.inventory}`: is a directory; the next container makes the inventory again"
@@ -482,16 +482,16 @@ def test_inventory_that_is_no_file(place: Place, kind: str) -> None:
 def test_inventory_no_place_for_it(place: Place) -> None:
     place.state.write_text("a file where the directory should be")
     warnings: list[str] = []
-    assert len(driver.load(place.config, V, warnings).libraries) == 2
+    assert len(inventory.load(place.config, V, warnings).libraries) == 2
     assert [f"write `{place.inventory}`: file exists; the next container makes the inventory again"] == warnings
 
 
 _IN_A_FULL_PLACE = """
 import json, os, sys
-from nvhook import config, driver
+from nvhook import config, inventory
 settings = config.load(sys.argv[1])
 warnings = []
-found = driver.load(settings, sys.argv[2], warnings)
+found = inventory.load(settings, sys.argv[2], warnings)
 print(json.dumps([len(found.libraries), warnings, os.listdir(settings.state_dir)]))
 """
 
@@ -519,7 +519,7 @@ def test_inventory_no_room_for_it(place: Place, options: str, reason: str) -> No
         capture_output=True,
         text=True,
         check=True,
-        env={**os.environ, "PYTHONPATH": str(Path(driver.__file__).parents[1])},
+        env={**os.environ, "PYTHONPATH": str(Path(inventory.__file__).parents[1])},
     )
     warning = f"write `{place.inventory}`: {reason}; the next container makes the inventory again"
     assert [33, [warning], []] == json.loads(done.stdout)
