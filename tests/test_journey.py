@@ -1,0 +1,588 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From config.json to a program that lists its GPUs: real containers under runc and crun, on simulated hosts."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+import containers
+from containers import HOOK, TRIPLET, TRY, Bundle, Workshop, gpu_lines, tree
+from simhost import elfwriter
+
+pytestmark = pytest.mark.root
+
+A100 = "a100x2"
+H100 = "h100x8"
+LIBRARIES = f"usr/lib/{TRIPLET}"
+VERSION = "550.163.01"  # of the A100 host's driver
+needs_x86 = pytest.mark.skipif(not TRIPLET.startswith("x86_64"), reason="only x86-64 has 32-bit driver libraries")
+
+
+@pytest.fixture(scope="module")
+def shop(simhost: Callable[[str], Path]) -> Iterator[Workshop]:
+    """Whatever the tests of this file do, the simulated hosts and the machine's cgroups are as before."""
+    before = {name: tree(simhost(name)) for name in (A100, H100)}
+    with tempfile.TemporaryDirectory(prefix="nvhook-journey-") as name:
+        yield Workshop(Path(name), simhost)
+    assert before == {name: tree(simhost(name)) for name in (A100, H100)}
+
+
+@pytest.fixture(params=[1, 2], ids=["v1", "v2"])
+def hierarchy(request: pytest.FixtureRequest) -> tuple[str, ...]:
+    try:
+        return containers.cgroups(request.param)
+    except LookupError as error:
+        pytest.skip(str(error))
+
+
+def start(bundle: Bundle, config: Path, script: str, env: dict[str, str]) -> str:
+    """What a container prints that ends well."""
+    result = bundle.write(["/bin/sh", "-euc", script], env).run(config)
+    assert (result.returncode, result.stderr) == (0, "")
+    return result.stdout
+
+
+ALL = {"NVIDIA_VISIBLE_DEVICES": "all"}
+ONE = {"NVIDIA_VISIBLE_DEVICES": "0"}
+LIST = ["/usr/bin/nvidia-smi", "-L"]
+
+
+def test_a_cgroup_hierarchy_is_there() -> None:
+    containers.any_cgroups()
+
+
+# Which GPUs
+
+
+@pytest.mark.parametrize(
+    ("host", "devices", "expected"),
+    [
+        pytest.param(A100, "all", (0, 1), id="all-of-two"),
+        pytest.param(A100, "0", (0,), id="index"),
+        pytest.param(A100, "1", (1,), id="other-index"),
+        pytest.param(A100, "GPU-c41d7b52-93e6-4f0a-8d15-2b7e60a9f3c8", (0,), id="uuid"),
+        pytest.param(A100, "GPU-08e5", (1,), id="uuid-prefix"),
+        pytest.param(A100, "0000:0a:00.0", (1,), id="pci"),
+        pytest.param(A100, "00000000:07:00.0", (0,), id="pci-as-nvml-writes-it"),
+        pytest.param(A100, "none", (), id="none"),
+        pytest.param(H100, "all", (0, 1, 2, 3, 4, 5, 6, 7), id="all-of-eight"),
+        pytest.param(H100, "6,2", (2, 6), id="two-of-eight"),
+        pytest.param(H100, "3,3,GPU-91f6d8e7,0000:61:00.0", (3,), id="duplicates"),
+    ],
+)
+def test_listed_gpus_are_those_asked_for(
+    shop: Workshop, hierarchy: tuple[str, ...], host: str, devices: str, expected: tuple[int, ...]
+) -> None:
+    bundle = shop.bundle()
+    bundle.through = hierarchy
+    shown = start(bundle, shop.config(host), "nvidia-smi -L", {"NVIDIA_VISIBLE_DEVICES": devices})
+    assert (gpu_lines(host, *expected) or "No devices found.\n") == shown
+
+
+@pytest.mark.parametrize(
+    "env",
+    [
+        pytest.param({}, id="unset"),
+        pytest.param({"NVIDIA_VISIBLE_DEVICES": ""}, id="empty"),
+        pytest.param({"NVIDIA_VISIBLE_DEVICES": "void"}, id="void"),
+        pytest.param({"NVIDIA_DRIVER_CAPABILITIES": "all"}, id="capabilities-alone"),
+    ],
+)
+def test_nothing_asked_nothing_there(shop: Workshop, hierarchy: tuple[str, ...], env: dict[str, str]) -> None:
+    bundle = shop.bundle().write(["/bin/sh", "-euc", "ls /dev"], env)
+    bundle.through = hierarchy
+    written, files = bundle.path.read_bytes(), tree(bundle.rootfs)
+    result = bundle.run(shop.config(A100))
+    assert (result.returncode, result.stderr) == (0, "")
+    assert "nvidia" not in result.stdout
+    assert written == bundle.path.read_bytes()
+    assert files == tree(bundle.rootfs)
+    assert os.listdir(bundle.directory) == ["config.json"]
+
+
+@pytest.mark.parametrize(
+    ("host", "devices", "asked", "other"), [(A100, "1", 0, 1), (A100, "0", 1, 0), (H100, "2,6", 6, 3)]
+)
+def test_other_gpu_stays_denied(
+    shop: Workshop, hierarchy: tuple[str, ...], host: str, devices: str, asked: int, other: int
+) -> None:
+    """Minors, which on the first host run against the order of the indices."""
+    bundle = shop.bundle()
+    bundle.through = hierarchy
+    script = f"""{TRY}
+        try /dev/nvidia{asked}; try /dev/nvidiactl
+        mknod /dev/mine c 195 {asked}; try /dev/mine
+        mknod /dev/nvidia{other} c 195 {other}; try /dev/nvidia{other}
+        mknod /tmp/unknown c 195 100; try /tmp/unknown
+        mknod /dev/disk b 7 0; try /dev/disk
+        nvidia-smi -L
+    """
+    shown = start(bundle, shop.config(host), script, {"NVIDIA_VISIBLE_DEVICES": devices})
+    chosen = [int(device) for device in devices.split(",")]
+    assert shown.splitlines() == [
+        f"/dev/nvidia{asked} open",
+        "/dev/nvidiactl open",
+        "/dev/mine open",
+        f"/dev/nvidia{other} denied",
+        "/tmp/unknown denied",
+        "/dev/disk denied",
+        *gpu_lines(host, *chosen).splitlines(),
+    ]
+
+
+# What is in the container
+
+
+def cached(listing: str) -> dict[str, str]:
+    """Name -> path from the output of `ldconfig -p`; of several the first, which is the one that the linker takes."""
+    found: dict[str, str] = {}
+    for name, path in re.findall(r"^\t(\S+) \(.*\) => (\S+)$", listing, re.MULTILINE):
+        found.setdefault(name, path)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("family", "libraries"), [("debian", LIBRARIES), ("fedora", "usr/lib64"), ("no-etc", LIBRARIES)]
+)
+def test_linker_cache_names_new_and_old(shop: Workshop, family: str, libraries: str) -> None:
+    bundle = shop.bundle(family)
+    before = cached(start(bundle, shop.config(A100), "ldconfig -p 2>&1 || :", {}))
+    after = cached(start(bundle, shop.config(A100), "ldconfig -p", ALL))
+    assert f"/{libraries}/libcuda.so.1" == after["libcuda.so.1"]
+    assert f"/{libraries}/libnvidia-ml.so.1" == after["libnvidia-ml.so.1"]
+    assert f"/{libraries}/libc.so.6" == after["libc.so.6"]
+    assert not before.keys() - after.keys()
+    assert ("libc.so.6" in before) == (family != "no-etc")
+
+
+@pytest.mark.parametrize("family", ["debian", "fedora", "no-etc"])
+@pytest.mark.parametrize("host", [A100, H100])
+def test_families_list_gpus(shop: Workshop, family: str, host: str) -> None:
+    assert gpu_lines(host, 1) == start(
+        shop.bundle(family), shop.config(host), "nvidia-smi -L", {"NVIDIA_VISIBLE_DEVICES": "1"}
+    )
+
+
+def test_family_without_linker(shop: Workshop, hierarchy: tuple[str, ...]) -> None:
+    """busybox: no C library that could load the driver, and yet everything is where it belongs."""
+    bundle = shop.bundle("busybox")
+    bundle.through = hierarchy
+    script = f"{TRY} readlink -f /usr/lib64/libcuda.so; ls /usr/bin/nvidia-smi /etc/ld.so.cache; try /dev/nvidia1"
+    shown = start(bundle, shop.config(A100), script, ONE)
+    expected = [f"/usr/lib64/libcuda.so.{VERSION}", "/etc/ld.so.cache", "/usr/bin/nvidia-smi", "/dev/nvidia1 open"]
+    assert expected == [shown.splitlines()[0], *sorted(shown.splitlines()[1:3]), shown.splitlines()[3]]
+
+
+def test_read_only_root(shop: Workshop) -> None:
+    bundle = shop.bundle()
+    bundle.config["root"]["readonly"] = True
+    shown = start(bundle, shop.config(A100), "nvidia-smi -L; touch /here 2>&1 || :", ALL)
+    assert gpu_lines(A100, 0, 1) in shown
+    assert not (bundle.rootfs / "here").exists()
+
+
+def test_driver_files_are_read_only(shop: Workshop) -> None:
+    script = f"echo x >>/{LIBRARIES}/libcuda.so.{VERSION} || echo refused; : >/usr/bin/nvidia-smi || echo refused"
+    result = shop.bundle().write(["/bin/sh", "-c", script], ALL).run(shop.config(A100))
+    assert result.stderr.count("Read-only file system") == 2
+
+
+def test_process_of_another_user(shop: Workshop, hierarchy: tuple[str, ...]) -> None:
+    bundle = shop.bundle()
+    bundle.through = hierarchy
+    bundle.config["process"]["user"] = {"uid": 1000, "gid": 1000}
+    script = f"{TRY} id -u; nvidia-smi -L; try /dev/nvidia1; stat -c %a /dev/nvidia1 /dev/nvidiactl"
+    assert f"1000\n{gpu_lines(A100, 0)}/dev/nvidia1 open\n666\n666\n" == start(bundle, shop.config(A100), script, ONE)
+
+
+def into_user_namespace(bundle: Bundle) -> None:
+    for path in (bundle.rootfs, *bundle.rootfs.rglob("*")):
+        os.chown(path, 100000, 100000, follow_symlinks=False)
+    linux = bundle.config["linux"]
+    linux["namespaces"].append({"type": "user"})
+    linux["uidMappings"] = linux["gidMappings"] = [{"containerID": 0, "hostID": 100000, "size": 65536}]
+
+
+def test_user_namespace(shop: Workshop, hierarchy: tuple[str, ...]) -> None:
+    """Nodes made there could not be opened: they are the host's, bound. A third one is bound by the spec itself."""
+    bundle = shop.bundle()
+    bundle.through = hierarchy
+    into_user_namespace(bundle)
+    node = shop.simhost(A100) / "dev/nvidia0"
+    bundle.config["mounts"].append(
+        {"destination": "/dev/other", "type": "bind", "source": str(node), "options": ["bind"]}
+    )
+    script = f"""{TRY} nvidia-smi -L; try /dev/nvidia1; try /dev/other
+        grep -c ' /dev/nvidia' /proc/self/mountinfo
+        stat -c '%u %n' /etc/ld.so.cache; find /usr /etc -type l ! -user 0
+    """
+    assert start(bundle, shop.config(A100), script, ONE).splitlines() == [
+        *gpu_lines(A100, 0).splitlines(),
+        "/dev/nvidia1 open",
+        "/dev/other denied",
+        "4",
+        "0 /etc/ld.so.cache",
+    ]
+
+
+def put_hook(bundle: Bundle, *arguments: str, hook: Path = HOOK) -> None:
+    """Into the spec, as dockerd's --gpus does it."""
+    env = ["PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "HOME=/root"]
+    args = ["nvidia-container-runtime-hook", *arguments, "prestart"]
+    bundle.config["hooks"] = {"prestart": [{"path": str(hook), "args": args, "env": env}]}
+
+
+def test_second_start(shop: Workshop) -> None:
+    bundle = shop.bundle().write(LIST, ALL)
+    first = bundle.run(shop.config(A100))
+    written = bundle.path.read_bytes()
+    second = bundle.run(shop.config(A100))
+    assert gpu_lines(A100, 0, 1) == first.stdout == second.stdout
+    assert written == bundle.path.read_bytes()
+
+
+def test_second_start_on_what_the_first_left(shop: Workshop) -> None:
+    """Nobody cleans up after dockerd's --gpus: empty files, links and a linker cache are there already."""
+    bundle = shop.bundle()
+    put_hook(bundle, "--config", str(shop.config(A100)))
+    bundle.write(LIST, ALL)
+    first = bundle.run(None, wrapper=Path("runc"))
+    files = tree(bundle.rootfs)
+    second = bundle.run(None, wrapper=Path("runc"))
+    assert gpu_lines(A100, 0, 1) == first.stdout == second.stdout
+    again = tree(bundle.rootfs)
+    cache = str(bundle.rootfs / "etc/ld.so.cache")  # made anew, with another time
+    assert files.pop(cache).split()[:3] == again.pop(cache).split()[:3]
+    assert files == again
+    through_wrapper = bundle.run(shop.config(A100))
+    assert gpu_lines(A100, 0, 1) == through_wrapper.stdout
+
+
+def test_second_start_with_another_driver(shop: Workshop) -> None:
+    """`docker start` after the host's driver was changed: the links lead to the new one's files."""
+    bundle = shop.bundle()
+    look = f"nvidia-smi -L; readlink -f /{LIBRARIES}/libcuda.so"
+    start(bundle, shop.config(H100), look, ALL)
+    assert f"{gpu_lines(A100, 0)}/{LIBRARIES}/libcuda.so.{VERSION}\n" == start(bundle, shop.config(A100), look, ONE)
+
+
+@needs_x86
+def test_image_with_a_driver_of_its_own(shop: Workshop) -> None:
+    """Another version's library and links, a link that leads nowhere, a file under a link's name, empty leftovers."""
+    bundle = shop.bundle()
+    libraries = bundle.rootfs / LIBRARIES
+    own = libraries / "libcuda.so.1.2.3"
+    own.write_bytes(elfwriter.shared_object("libcuda.so.1", [], machine="x86-64"))
+    (libraries / "libcuda.so.1").symlink_to("libcuda.so.1.2.3")
+    (libraries / "libcuda.so").symlink_to("/nowhere/libcuda.so")
+    shutil.copy(own, libraries / "libnvidia-ml.so.1")
+    for leftover in (libraries / f"libcuda.so.{VERSION}", libraries / "libnvidia-cfg.so.1"):
+        leftover.touch()
+    (bundle.rootfs / "usr/bin/nvidia-smi").touch()
+    (bundle.rootfs / "etc/ld.so.cache").unlink()
+    before = tree(bundle.rootfs)
+    script = f"nvidia-smi -L; readlink -f /{LIBRARIES}/libcuda.so; ldconfig -p"
+    shown = start(bundle, shop.config(A100), script, ALL)
+    assert shown.startswith(gpu_lines(A100, 0, 1) + f"/{LIBRARIES}/libcuda.so.{VERSION}\n")
+    assert f"/{LIBRARIES}/libcuda.so.1" == cached(shown)["libcuda.so.1"]
+    assert before == tree(bundle.rootfs)
+
+
+@pytest.mark.parametrize("target", ["lib", "/usr/lib", "../usr/lib/../../../usr/lib"])
+def test_library_directory_is_a_link(shop: Workshop, target: str) -> None:
+    """Resolved inside the image, whatever a path of that name is on the host."""
+    bundle = shop.bundle("fedora")
+    usr = bundle.rootfs / "usr"
+    for path in (usr / "lib64").iterdir():
+        path.rename(usr / "lib" / path.name)
+    (usr / "lib64").rmdir()
+    (usr / "lib64").symlink_to(target)
+    shown = start(bundle, shop.config(A100), "nvidia-smi -L; readlink -f /usr/lib64/libcuda.so.1", ALL)
+    assert f"{gpu_lines(A100, 0, 1)}/usr/lib/libcuda.so.{VERSION}\n" == shown
+
+
+# Driver capabilities
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "present", "absent"),
+    [
+        ("compute", ["libcuda.so.1", "libcuda.so"], ["libnvidia-ml.so.1", "nvidia-smi", "libnvcuvid.so.1"]),
+        ("utility", ["libnvidia-ml.so.1", "nvidia-smi"], ["libcuda.so.1", "nvidia-uvm", "nvidia-cuda-mps-server"]),
+        ("video", ["libnvcuvid.so.1", "libnvidia-encode.so.1", "libcuda.so.1", "nvidia-uvm"], ["nvidia-smi"]),
+        ("compute,utility", ["libcuda.so.1", "libnvidia-ml.so.1", "nvidia-smi", "nvidia-uvm"], ["libnvcuvid.so.1"]),
+        ("all", ["libcuda.so.1", "nvidia-smi", "nvidia-modeset", "libnvcuvid.so.1", "libEGL_nvidia.so.0"], []),
+        ("", ["libcuda.so.1", "nvidia-smi", "nvidia-uvm"], ["libnvcuvid.so.1"]),
+    ],
+    ids=["compute", "utility", "video", "both", "all", "empty"],
+)
+def test_capabilities(shop: Workshop, capabilities: str, present: list[str], absent: list[str]) -> None:
+    env = {**ALL, "NVIDIA_DRIVER_CAPABILITIES": capabilities}
+    shown = start(shop.bundle(), shop.config(A100), f"ls /dev /usr/bin /{LIBRARIES}", env).splitlines()
+    assert [name for name in present if name not in shown] == []
+    assert [name for name in absent if name in shown] == []
+
+
+@needs_x86
+def test_capability_compat32(shop: Workshop) -> None:
+    env = {**ALL, "NVIDIA_DRIVER_CAPABILITIES": "compute,compat32"}
+    script = "ldconfig -p | grep libcuda.so.1; readlink -f /usr/lib/i386-linux-gnu/libcuda.so.1"
+    assert start(shop.bundle(), shop.config(A100), script, env).splitlines() == [
+        f"\tlibcuda.so.1 (libc6,x86-64) => /{LIBRARIES}/libcuda.so.1",
+        "\tlibcuda.so.1 (libc6) => /usr/lib/i386-linux-gnu/libcuda.so.1",
+        f"/usr/lib/i386-linux-gnu/libcuda.so.{VERSION}",
+    ]
+
+
+# How engines start it
+
+
+def test_create_start_delete(shop: Workshop, hierarchy: tuple[str, ...]) -> None:
+    config = shop.config(A100)
+    bundle = shop.bundle().write(["/bin/sh", "-c", "nvidia-smi -L; echo that is all"], ONE)
+    bundle.through = hierarchy
+    log, output = bundle.directory / "log.json", bundle.directory / "output"
+    options = ("--log", str(log), "--log-format", "json")
+    try:
+        made = bundle.call(config, *options, "create", "--bundle", str(bundle.directory), bundle.id, output=output)
+        assert (made.returncode, output.read_text()) == (0, "")
+        state = json.loads(bundle.call(config, *options, "state", bundle.id).stdout)
+        assert ("created", str(bundle.directory)) == (state["status"], state["bundle"])
+        assert bundle.call(config, *options, "start", bundle.id).returncode == 0
+        end = time.monotonic() + 20
+        while "that is all" not in output.read_text() and time.monotonic() < end:
+            time.sleep(0.01)
+        assert f"{gpu_lines(A100, 0)}that is all\n" == output.read_text()
+        while json.loads(bundle.call(config, "state", bundle.id).stdout)["status"] != "stopped":
+            assert time.monotonic() < end
+        assert bundle.call(config, *options, "delete", bundle.id).returncode == 0
+        assert bundle.call(config, "state", bundle.id).returncode == 1
+    finally:
+        bundle.delete()
+    assert "error" not in (log.read_text() if log.exists() else "")
+
+
+@pytest.fixture(scope="module")
+def installed(shop: Workshop) -> Path:
+    """An installation whose own configuration file is the simulated host's."""
+    prefix = shop.place / "prefix"
+    command = [str(containers.REPOSITORY / "scripts/install"), "install", str(prefix), str(prefix / "etc")]
+    subprocess.run(command, check=True, capture_output=True)
+    shutil.copy(shop.config(A100), prefix / "etc/nvidia-container-runtime/config.toml")
+    return prefix
+
+
+@pytest.mark.parametrize("form", ["config-named", "config-installed"])
+def test_hook_alone(shop: Workshop, hierarchy: tuple[str, ...], installed: Path, form: str) -> None:
+    """`docker run --gpus` without a wrapper: dockerd puts the hook into the spec, and no device rules for it."""
+    named = form == "config-named"
+    hook = HOOK if named else installed / "bin/nvidia-container-runtime-hook"
+    arguments = ["--config", str(shop.config(A100))] if named else []
+    bundle = shop.bundle()
+    bundle.through = hierarchy
+    put_hook(bundle, *arguments, hook=hook)
+    script = f"{TRY} nvidia-smi -L; try /dev/nvidia1; mknod /dev/nvidia0 c 195 0; try /dev/nvidia0"
+    written = bundle.write(["/bin/sh", "-euc", script], ONE).path.read_bytes()
+    result = bundle.run(None, wrapper=Path("runc"))
+    assert (result.returncode, result.stderr) == (0, "")
+    assert f"{gpu_lines(A100, 0)}/dev/nvidia1 open\n/dev/nvidia0 denied\n" == result.stdout
+    assert written == bundle.path.read_bytes()
+
+
+def test_wrapper_and_dockers_hook(shop: Workshop, hierarchy: tuple[str, ...]) -> None:
+    """`docker run --runtime=nvidia --gpus`: both bring the hook, and it runs once."""
+    bundle = shop.bundle()
+    bundle.through = hierarchy
+    put_hook(bundle)
+    assert gpu_lines(A100, 0, 1) == start(bundle, shop.config(A100), "nvidia-smi -L", ALL)
+    assert len(json.loads(bundle.path.read_text())["hooks"]["prestart"]) == 1
+
+
+def test_wrapper_installed(shop: Workshop, installed: Path) -> None:
+    bundle = shop.bundle().write(LIST, ALL)
+    result = bundle.run(None, wrapper=installed / "bin/nvidia-container-runtime")
+    assert (0, gpu_lines(A100, 0, 1), "") == (result.returncode, result.stdout, result.stderr)
+
+
+@pytest.fixture(scope="module")
+def crun() -> tuple[tuple[str, ...], tuple[str, ...], bool]:
+    """(hierarchy, options, whether devices are limited) under which crun starts a container on this machine."""
+    said = ""
+    for version in (1, 2):
+        try:
+            through = containers.cgroups(version)
+        except LookupError:
+            continue
+        for options in ((), ("--cgroup-manager=disabled",)):
+            said = containers.why_not("crun", through, options)
+            if not said:
+                return through, options, not options
+    pytest.skip(f"crun starts no container on this machine: {said}")
+
+
+def test_crun(shop: Workshop, crun: tuple[tuple[str, ...], tuple[str, ...], bool]) -> None:
+    through, options, is_limited = crun
+    bundle = shop.bundle()
+    bundle.through = through
+    host = shop.simhost(A100)
+    config = containers.configure(host, shop.new("config"), shop.place / f"state-{A100}", runtime="crun")
+    script = f"{TRY} nvidia-smi -L; ls /dev | grep -c nvidia; try /dev/nvidia1; mknod /dev/x c 195 0; try /dev/x"
+    bundle.write(["/bin/sh", "-euc", script], ONE)
+    result = bundle.run(config, runtime="crun", options=options)
+    assert result.returncode == 0, result.stderr
+    expected = f"{gpu_lines(A100, 0)}4\n/dev/nvidia1 open\n/dev/x {'denied' if is_limited else 'open'}\n"
+    assert expected == result.stdout
+
+
+# What is not changed, not read, not left behind
+
+
+@pytest.mark.parametrize("devices", ["all", "4711", None])
+def test_mount_table_as_before(shop: Workshop, hierarchy: tuple[str, ...], devices: str | None) -> None:
+    """With shared propagation, as systemd sets it: a mount that escapes from the container would show."""
+    bundle = shop.bundle().write(["/bin/true"], {} if devices is None else {"NVIDIA_VISIBLE_DEVICES": devices})
+    before, after = bundle.directory / "before", bundle.directory / "after"
+    compare = f"mount --make-rshared /\ncat /proc/self/mountinfo >{before}\nstatus=0\n"
+    compare += f'"$@" || status=$?\ncat /proc/self/mountinfo >{after}\nexit $status'
+    bundle.through = (*hierarchy, *containers.own_mounts(compare))
+    result = bundle.run(shop.config(A100))
+    assert (devices == "4711") == (result.returncode == 1)
+    assert before.read_text() == after.read_text() != ""
+
+
+@pytest.mark.parametrize("family", containers.FAMILIES)
+@pytest.mark.parametrize("status", [0, 3])
+def test_root_filesystem_as_before(shop: Workshop, family: str, status: int) -> None:
+    bundle = shop.bundle(family).write(
+        ["/bin/sh", "-c", f"exit {status}"], {**ALL, "NVIDIA_DRIVER_CAPABILITIES": "all"}
+    )
+    before = tree(bundle.rootfs)
+    result = bundle.run(shop.config(A100))
+    assert result.returncode == status
+    assert before == tree(bundle.rootfs)
+
+
+def test_root_filesystem_as_before_in_a_user_namespace(shop: Workshop) -> None:
+    bundle = shop.bundle()
+    (bundle.rootfs / LIBRARIES / "libcuda.so.1").symlink_to("libcuda.so.1.2.3")
+    into_user_namespace(bundle)
+    before = tree(bundle.rootfs)
+    assert gpu_lines(A100, 0, 1) == start(bundle, shop.config(A100), "nvidia-smi -L", ALL)
+    assert before == tree(bundle.rootfs)
+
+
+def test_what_the_container_wrote_stays(shop: Workshop) -> None:
+    bundle = shop.bundle("busybox")
+    script = """cd /usr/lib64; : >mine; rm libcuda.so.1; echo mine >libcuda.so.1; cd /etc
+        rm ld.so.cache; echo mine >ld.so.cache; echo mine >/usr/bin/other"""
+    start(bundle, shop.config(A100), script, ALL)
+    written = [path.relative_to(bundle.rootfs) for path in bundle.rootfs.rglob("*") if "mine" in _text(path)]
+    assert sorted(map(str, written)) == ["etc/ld.so.cache", "usr/bin/other", "usr/lib64/libcuda.so.1"]
+    assert sorted(os.listdir(bundle.rootfs / "usr/lib64")) == ["libcuda.so.1", "mine"]
+
+
+def _text(path: Path) -> str:
+    return path.read_bytes()[:5].decode(errors="replace") if path.is_file() and not path.is_symlink() else ""
+
+
+def test_nothing_is_left_of_a_container(shop: Workshop, hierarchy: tuple[str, ...]) -> None:
+    bundle = shop.bundle().write(["/bin/true"], ALL)
+    bundle.through = hierarchy
+    bundle.run(shop.config(A100))
+    found = subprocess.run(
+        [*hierarchy, "find", "/sys/fs/cgroup", "-name", bundle.id], check=False, capture_output=True, text=True
+    )
+    assert found.stdout == ""
+    assert not Path("/run/runc", bundle.id).exists()
+    for command in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            assert bundle.id.encode() not in command.read_bytes()
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+
+
+_TRAPS = ("os.py", "json.py", "encodings/__init__.py", "ctypes/__init__.py", "nvhook/__init__.py", "sitecustomize.py")
+
+
+def _set_traps(top: Path, marker: Path) -> None:
+    for name in _TRAPS:
+        (top / name).parent.mkdir(parents=True, exist_ok=True)
+        (top / name).write_text(f"open({str(marker)!r}, 'w')\nopen('/sprung', 'w')\nraise SystemExit(3)\n")
+    (top / "profile.sh").write_text(f"echo >{marker}\n")
+    (top / "pyvenv.cfg").write_text("home = /traps\n")
+
+
+def _opened_by_python(directory: Path) -> tuple[list[str], list[str]]:
+    """From strace's files, one for each process: (all that a python opened, what it opened from `/` after setns)."""
+    everything = {path.suffix[1:]: path.read_text() for path in directory.glob("trace.*")}
+    launcher = re.compile(r'execve\("(/usr/bin/python3[^"]*|[^"]*/nvidia-container-runtime-hook)"')
+    opened: list[str] = []
+    late: list[str] = []
+
+    def follow(process: str, is_python: bool, is_inside: bool) -> None:
+        for line in everything.get(
+            process, ""
+        ).splitlines():  # a number of the container's own pid namespace is not there
+            call, _, result = line.rpartition(" = ")
+            if re.match(r"clone3?\(|v?fork\(", call):
+                follow(result.split()[0], is_python, is_inside)
+            elif re.match(r"execve(at)?\(", call) and result.startswith("0"):
+                is_python = bool(launcher.match(call))
+            elif is_python and call.startswith("setns("):
+                is_inside = True
+            found = re.match(r'openat2?\((AT_FDCWD|\d+), "(.*?)"', call)
+            if found and is_python:
+                opened.append(found[2])
+                if is_inside and found[1] == "AT_FDCWD" and "ENOENT" not in result:
+                    late.append(found[2])
+
+    children = re.findall(r"^(?:clone3?|v?fork)\(.* = (\d+)$", "\n".join(everything.values()), re.MULTILINE)
+    for process in everything.keys() - set(children):
+        follow(process, False, False)
+    return opened, late
+
+
+def test_environment_and_files_of_the_image_are_not_used(shop: Workshop) -> None:
+    if not shutil.which("strace"):
+        if "CI" in os.environ:
+            pytest.fail("strace is not installed")
+        pytest.skip("strace is not installed")
+    bundle = shop.bundle()
+    traps, marker = bundle.rootfs / "traps", bundle.directory / "sprung"
+    for top in (traps, bundle.rootfs, bundle.rootfs / "usr/lib/python3", bundle.rootfs / HOOK.parent.relative_to("/")):
+        _set_traps(top, marker)
+    hostile = {
+        "LD_PRELOAD": f"/{LIBRARIES}/libm.so.6",
+        "LD_LIBRARY_PATH": "/traps",
+        "PYTHONPATH": "/traps",
+        "PYTHONHOME": "/traps",
+        "PYTHONSTARTUP": "/traps/os.py",
+        "BASH_ENV": "/traps/profile.sh",
+        "ENV": "/traps/profile.sh",
+    }
+    bundle.config["process"]["cwd"] = "/traps"
+    host, config = shop.copy_of(A100)  # no inventory yet: all of the dear work is in the trace too
+    calls = "trace=openat,openat2,execve,execveat,setns,clone,clone3,fork,vfork"
+    strace = ("strace", "-ff", "-s", "512", "-e", calls, "-o", str(bundle.directory / "trace"))
+    bundle.through += (*containers.own_mounts(f"cd {traps}"), *strace)
+    result = bundle.write(["/bin/sh", "-c", "nvidia-smi -L"], {**ALL, **hostile}).run(config)
+    assert (0, gpu_lines(A100, 0, 1)) == (result.returncode, result.stdout)
+    assert not marker.exists()
+    assert not (bundle.rootfs / "sprung").exists()
+    opened, late = _opened_by_python(bundle.directory)
+    assert any("nvruntime/" in path and "/create." in path for path in opened)
+    assert any("nvhook/" in path and "/prestart." in path for path in opened)
+    assert any(path.startswith(str(host)) for path in opened)
+    assert [str(bundle.rootfs)] == sorted({path for path in opened if path.startswith(str(bundle.rootfs))})
+    assert [path for path in opened if "traps" in path] == []
+    assert set(late) <= {"proc", "sys", "dev"}  # which the child that becomes ldconfig covers up before that
