@@ -22,6 +22,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -30,7 +31,8 @@ from containers import REPOSITORY, Bundle, add_program, make_image
 # What a start could leave behind, or change by mistake: every place that edits are aimed at, as the host has it.
 _WATCHED = ("/dev", "/etc", "/usr/bin", "/usr/sbin", "/usr/lib", "/lib64", "/usr/local/nvidia", "/var/lib", "/opt")
 
-_OPEN = 'for n in "$@"; do (: <"$n") 2>&1 && echo "$n: open"; done'
+# Docker's own, made by every dockerd that starts.
+_OF_THE_ENGINE = ("/etc/docker", "/opt/containerd")
 
 
 class Proof:
@@ -136,6 +138,65 @@ def prove_user_namespace(proof: Proof, runtime: str, image: Path, host_list: str
     proof.check(f"{Path(runtime).name}: in a user namespace", holds=holds, shown=result.stdout + result.stderr)
 
 
+def prove_docker(proof: Proof, installed: Path, image: Path, host_list: str, cuda: bool) -> None:
+    """Both ways to ask Docker: the registered runtime, and --gpus, for which dockerd finds the hook on its PATH."""
+    place = proof.place / "docker"
+    place.mkdir()
+    shutil.copy(
+        proof.config_for(shutil.which("runc") or "runc"), installed.parent / "etc/nvidia-container-runtime/config.toml"
+    )
+    (place / "daemon.json").write_text(json.dumps({"runtimes": {"nvidia": {"path": str(proof.wrapper)}}}))
+    host = f"unix://{place}/socket"
+    command = [
+        "dockerd",
+        f"--config-file={place}/daemon.json",
+        f"--data-root={place}/data",
+        f"--exec-root={place}/exec",
+    ]
+    command += [f"--host={host}", f"--pidfile={place}/pid", "--bridge=none", "--iptables=false", "--ip6tables=false"]
+    environment = {**os.environ, "PATH": f"{installed}/bin:{os.environ['PATH']}", "DOCKER_HOST": host}
+
+    def docker(*words: str, **more: Any) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            ["docker", *words], env=environment, capture_output=True, text=True, timeout=60, check=False, **more
+        )
+
+    with (
+        (place / "log").open("w") as log,
+        subprocess.Popen(command, env=environment, stdout=log, stderr=log) as dockerd,
+    ):
+        try:
+            end = time.monotonic() + 30
+            while docker("version").returncode and time.monotonic() < end:
+                time.sleep(0.2)
+            with subprocess.Popen(["tar", "-C", str(image), "-c", "."], stdout=subprocess.PIPE) as tar:
+                imported = docker("import", "-", "image", stdin=tar.stdout)
+            said = imported.stderr + "".join((place / "log").read_text().splitlines(keepends=True)[-5:])
+            proof.check("docker: the engine is up and has the image", holds=imported.returncode == 0, shown=said)
+            run = ("run", "--rm", "--network=none")
+            ways = {
+                "--runtime=nvidia": ("--runtime=nvidia", "--env=NVIDIA_VISIBLE_DEVICES=all"),
+                "--gpus all": ("--gpus=all",),
+                "--runtime=nvidia --gpus all": ("--runtime=nvidia", "--gpus=all"),
+            }
+            for label, words in ways.items():
+                result = docker(*run, *words, "image", "nvidia-smi", "-L")
+                what = f"docker run {label}: nvidia-smi -L equals the host's"
+                proof.check(what, holds=result.stdout == host_list, shown=result.stdout + result.stderr)
+                if cuda:
+                    result = docker(*run, *words, "image", "sums")
+                    what = f"docker run {label}: the CUDA program's sums are right"
+                    proof.check(what, holds=result.returncode == 0, shown=result.stdout + result.stderr)
+            result = docker(*run, "--runtime=nvidia", "--env=NVIDIA_VISIBLE_DEVICES=4711", "image", "true")
+            holds = result.returncode != 0 and "unknown device `4711`" in result.stderr
+            proof.check(
+                "docker: an unknown device is refused in Docker's own message", holds=holds, shown=result.stderr
+            )
+        finally:
+            dockerd.terminate()
+            dockerd.wait(30)
+
+
 def time_starts(proof: Proof, runtime: str, image: Path, rounds: int) -> None:
     """Whole `run`s of /bin/true, in turn: the runtime itself, ours without a request, ours with all GPUs."""
     bundle = proof.bundle(image)
@@ -162,12 +223,14 @@ def time_starts(proof: Proof, runtime: str, image: Path, rounds: int) -> None:
 
 
 def snapshot() -> dict[str, str]:
-    """Path -> type, mode, owner, size, change of content, link target; and the mount table under `mounts`."""
+    """Path -> type, mode, owner, size, time of change, link target; and the mount table under `mounts`."""
     found = {"mounts": Path("/proc/self/mountinfo").read_text()}
     for top in _WATCHED:
         for directory, directories, files in os.walk(top):
             for name in directories + files:
                 path = os.path.join(directory, name)
+                if path.startswith(_OF_THE_ENGINE):
+                    continue
                 status = os.lstat(path)
                 target = os.readlink(path) if os.path.islink(path) else ""
                 changed = "" if directory.startswith("/dev") else status.st_mtime_ns
@@ -231,6 +294,10 @@ def main() -> int:
             ]
             for step in steps:
                 step()
+        if shutil.which("dockerd"):
+            prove_docker(proof, place / "prefix", images["debian"], host_list, program is not None)
+        else:
+            print("skip  no dockerd on this machine: Docker is not tried")
         after = snapshot()
         changed = sorted(key for key in before.keys() | after.keys() if before.get(key) != after.get(key))
         proof.check("the host's mount table and files are as before", holds=not changed, shown="\n".join(changed[:20]))
