@@ -18,7 +18,7 @@ import sys
 
 sys.path[:0] = [{hook!r}]
 sys.path.append({packages!r})
-from nvhook import container, prestart
+from nvhook import container, hook
 
 entered = []
 
@@ -41,7 +41,7 @@ def enter(self, real=container.Container.enter):
 
 container.Container.enter = enter
 sys.addaudithook(listen)
-sys.exit(prestart.main(sys.argv[1:], "/nowhere") or bool(sys.stderr.write("DONE\\n")) * 3)
+sys.exit(hook.main(sys.argv[1:], "/nowhere") or bool(sys.stderr.write("DONE\\n")) * 3)
 """
 
 

@@ -28,7 +28,7 @@ NO_PYTHON = "#!/bin/sh\necho 'python was started'; exit 42\n"
 
 HOOK_ENTRY = {
     "path": str(HOOK),
-    "args": ["nvidia-container-runtime-hook", "--config", "{config}", "{stage}"],
+    "args": ["nvidia-container-runtime-hook", "--config", "{config}", "prestart"],
     "env": ["PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"],
 }
 RULES = [
@@ -110,12 +110,13 @@ class Place:
         words = (self.runtime.parent / "environment").read_bytes().decode().split("\0")[:-1]
         return dict(word.split("=", 1) for word in words)
 
-    def hook(self, stage: str = "prestart") -> dict[str, Any]:
-        arguments = [word.format(config=self.config, stage=stage) for word in HOOK_ENTRY["args"]]
+    def hook(self) -> dict[str, Any]:
+        arguments = [word.format(config=self.config) for word in HOOK_ENTRY["args"]]
         return {**HOOK_ENTRY, "args": arguments}
 
     def hooks(self) -> dict[str, Any]:
-        return {stage: [self.hook(stage)] for stage in ("prestart", "poststop")}
+        after = ["nvidia-container-runtime-hook", "--state-dir", "/run/nvhook", "poststop"]
+        return {"prestart": [self.hook()], "poststop": [{**HOOK_ENTRY, "args": after}]}
 
 
 @pytest.fixture

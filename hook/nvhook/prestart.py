@@ -11,12 +11,11 @@ from __future__ import annotations
 
 import sys
 
-from . import config as configuration
 from . import container as containers
 from . import edits as editing
 from . import gpus as hosts
 from . import inventory, leftovers, plan, request, requirements, spec
-from .errors import ContainerError, DriverError, NvhookError, SpecError, reason
+from .errors import ContainerError, DriverError, SpecError, reason
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -25,60 +24,6 @@ if TYPE_CHECKING:
     from .config import Config
     from .container import Container
     from .request import Request
-
-_USAGE = "usage: nvidia-container-runtime-hook [--config FILE] [--version] prestart|poststart|poststop"
-
-
-def main(arguments: list[str], default_config: str) -> int:
-    """The command nvidia-container-runtime-hook: 0 done or nothing to do, 1 an error on stderr, 2 usage."""
-    parsed = _parse(arguments)
-    if parsed is None:
-        print(_USAGE, file=sys.stderr)
-        return 2
-    command, config_path = parsed
-    if command == "version":
-        from .version import VERSION
-
-        print(f"NVIDIA Container Runtime Hook version {VERSION} (nvhook)")
-        return 0
-    if command == "poststart":
-        return 0
-    warnings: list[str] = []
-    try:
-        config = configuration.load(config_path or default_config, must_exist=bool(config_path))
-        if command == "prestart":
-            warnings += config.warnings
-            prestart(config, warnings)
-        else:
-            poststop(config, warnings)
-        return 0
-    except NvhookError as error:
-        print(f"nvidia-container-runtime-hook: {error}", file=sys.stderr)
-        return 1
-    finally:
-        for warning in warnings:
-            print(f"nvidia-container-runtime-hook: warning: {warning}", file=sys.stderr)
-
-
-def _parse(arguments: list[str]) -> tuple[str, str] | None:
-    """(command, configuration file or empty); None for a usage error. NVIDIA's hook takes one dash as well as two."""
-    command, config_path = "", ""
-    words = iter(arguments)
-    for word in words:
-        name, equals, value = word.lstrip("-").partition("=")
-        if not word.startswith("-"):
-            command = command or word
-        elif name == "config":
-            config_path = value if equals else next(words, "")
-            if not config_path:
-                return None
-        elif name == "version":
-            command = "version"
-        elif name != "debug":
-            return None
-    if command not in ("prestart", "poststart", "poststop", "version"):
-        return None
-    return command, config_path
 
 
 def prestart(config: Config, warnings: list[str]) -> None:
@@ -101,18 +46,6 @@ def prestart(config: Config, warnings: list[str]) -> None:
     if notes:
         container.be_host()
         _note(notes, state, container, edits, warnings)
-
-
-def poststop(config: Config, warnings: list[str]) -> None:
-    """Take away what the container on stdin has left of our edits in its root filesystem.
-
-    The container is over: a fault here is told and changes nothing, as the command of NVIDIA does nothing at all.
-    """
-    try:
-        state = spec.read_state(sys.stdin.fileno(), is_alive=False)
-        leftovers.clean(config.state_dir, state)
-    except SpecError as error:
-        warnings.append(str(error))
 
 
 def _notes(config: Config, state: spec.State, warnings: list[str]) -> leftovers.Notes | None:

@@ -92,8 +92,8 @@ def edit(arguments: list[str], hook: str, config: Config, warnings: list[str]) -
     if not config.no_cgroups:
         bundle.add_device_rules(document, [node.rule() for node in nodes])
     which = ["--config", os.path.abspath(config.path)] if config.path else []
-    for stage in ("prestart", "poststop"):
-        bundle.add_hook(document, stage, hook, which, HOOK_ENV)
+    bundle.add_hook(document, "prestart", hook, which, HOOK_ENV)
+    bundle.add_hook(document, "poststop", hook, ["--state-dir", config.state_dir], HOOK_ENV)
     bundle.write(place, document, status)
 
 

@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command nvidia-container-runtime-hook: which stage of a container's life it is called for, and what for.
+
+    prestart    the main job (prestart.py)
+    poststop    take away what it left in the root filesystem (leftovers.py)
+    poststart   nothing
+
+Each stage imports what it needs: an interpreter at the end of a container costs its user nothing but time.
+"""
+
+from __future__ import annotations
+
+import sys
+
+from .errors import NvhookError
+
+_USAGE = """\
+usage: nvidia-container-runtime-hook [--config FILE] prestart
+       nvidia-container-runtime-hook [--config FILE | --state-dir DIR] poststop
+       nvidia-container-runtime-hook poststart | --version
+"""
+
+
+class _Usage(Exception):  # noqa: N818 - not an error of the run
+    pass
+
+
+def main(arguments: list[str], default_config: str) -> int:
+    """0 done or nothing to do, 1 an error on stderr, 2 usage."""
+    try:
+        command, options = _parse(arguments)
+    except _Usage:
+        sys.stderr.write(_USAGE)
+        return 2
+    if command == "version":
+        from .version import VERSION
+
+        print(f"NVIDIA Container Runtime Hook version {VERSION} (nvhook)")
+        return 0
+    warnings: list[str] = []
+    try:
+        if command == "prestart":
+            _prestart(options, default_config, warnings)
+        elif command == "poststop":
+            _poststop(options, default_config, warnings)
+        return 0
+    except NvhookError as error:
+        print(f"nvidia-container-runtime-hook: {error}", file=sys.stderr)
+        return 1
+    finally:
+        for warning in warnings:
+            print(f"nvidia-container-runtime-hook: warning: {warning}", file=sys.stderr)
+
+
+def _parse(arguments: list[str]) -> tuple[str, dict[str, str]]:
+    """(command, option -> value). NVIDIA's hook takes one dash as well as two."""
+    command = ""
+    options: dict[str, str] = {}
+    words = iter(arguments)
+    for word in words:
+        name, equals, value = word.lstrip("-").partition("=")
+        if not word.startswith("-"):
+            command = command or word
+        elif name in ("config", "state-dir"):
+            options[name] = value if equals else next(words, "")
+            if not options[name]:
+                raise _Usage
+        elif name == "version":
+            command = "version"
+        elif name != "debug":
+            raise _Usage
+    if command not in ("prestart", "poststart", "poststop", "version"):
+        raise _Usage
+    return command, options
+
+
+def _prestart(options: dict[str, str], default_config: str, warnings: list[str]) -> None:
+    from . import config, prestart
+
+    settings = config.load(options.get("config", default_config), must_exist="config" in options)
+    warnings += settings.warnings
+    prestart.prestart(settings, warnings)
+
+
+def _poststop(options: dict[str, str], default_config: str, warnings: list[str]) -> None:
+    """A fault here is told and changes nothing: the container is over, and NVIDIA's hook does nothing at all."""
+    from . import leftovers, spec
+
+    try:
+        directory = options.get("state-dir", "")
+        if not directory:
+            from . import config  # 14 ms more, where no wrapper has said it
+
+            directory = config.load(options.get("config", default_config), must_exist="config" in options).state_dir
+        leftovers.clean(directory, spec.read_state(sys.stdin.fileno(), is_alive=False))
+    except NvhookError as error:
+        warnings.append(str(error))
