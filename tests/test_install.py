@@ -102,3 +102,17 @@ def test_install_refuses_a_path_it_cannot_write_into_a_launcher(tmp_path: Path, 
     assert result.returncode == 1
     assert f"`{prefix_path}`" in result.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+def test_uninstall_while_an_engine_is_configured(tmp_path: Path) -> None:
+    install("install", tmp_path, tmp_path / "etc")
+    notes = tmp_path / "etc/nvidia-container-runtime/configured"
+    notes.mkdir()
+    (notes / "daemon.json.0123456789ab").touch()
+    before = sorted(tmp_path.rglob("*"))
+    result = subprocess.run(
+        [str(INSTALL), "uninstall", str(tmp_path), str(tmp_path / "etc")], capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 1
+    assert "`nvhook configure ENGINE --remove`" in result.stderr
+    assert before == sorted(tmp_path.rglob("*"))

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command `nvhook`, for people and their scripts. It looks and explains; only the hook changes a container."""
+"""The command `nvhook`, for people and their scripts. It looks and explains; only the hook changes a container,
+and only `configure` the host."""
 
 from __future__ import annotations
 
@@ -9,7 +10,7 @@ import os
 import sys
 
 from . import config as configuration
-from . import container, gpus, inventory, plan, request, requirements, spec
+from . import configure, container, gpus, inventory, plan, request, requirements, spec
 from .errors import NvhookError, SpecError, reason
 from .linux.root import DIRECTORY, Root
 from .version import VERSION
@@ -32,6 +33,7 @@ def main(arguments: list[str], default_config: str) -> int:
         chosen = os.environ.get("NVHOOK_CONFIG")
         config = configuration.load(chosen or default_config, must_exist=bool(chosen))
         warnings += config.warnings
+        options.nvhook_config = chosen or default_config
         options.command(options, config, warnings)
         return 0
     except NvhookError as error:
@@ -60,6 +62,14 @@ def _parser() -> argparse.ArgumentParser:
     )
     planning.add_argument("--json", action="store_true", help="one JSON object, for programs")
     planning.set_defaults(command=_plan)
+    configuring = commands.add_parser(
+        "configure",
+        help="register the runtime in a container engine",
+        description="Register the runtime in a container engine's configuration; the change is shown as a diff.",
+        epilog="nvhook configure docker --set-as-default --restart",
+    )
+    configure.add_arguments(configuring)
+    configuring.set_defaults(command=configure.run)
     return parser
 
 

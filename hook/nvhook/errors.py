@@ -2,7 +2,7 @@
 """What can go wrong, as one family.
 
     NvhookError             one line for the user; exit 1
-    ├── ConfigError         config.toml: does not parse, unknown value
+    ├── ConfigError         config.toml or an engine's file: does not parse, unknown value
     ├── SpecError           the bundle: config.json or the state on stdin
     ├── RequestError        what the container asks for: capability, device list
     ├── DeviceError         the host's GPUs and device nodes
