@@ -34,9 +34,22 @@ class Container:
     proc          /proc/<pid> of its first process: the same process however often the number is used again
     uid, gid      who root in the container is on the host
     in_userns     device nodes made here could not be opened: its filesystems belong to a user namespace
+    rootless      we are in a user namespace ourselves: the machine's cgroups are not ours to change
     """
 
-    __slots__ = ("_namespace", "gid", "in_userns", "layout", "proc", "root", "rootfs", "uid")
+    __slots__ = (
+        "_fdinfo",
+        "_namespace",
+        "_shared",
+        "gid",
+        "in_userns",
+        "layout",
+        "proc",
+        "root",
+        "rootfs",
+        "rootless",
+        "uid",
+    )
 
     def __init__(
         self,
@@ -48,6 +61,8 @@ class Container:
         layout: Layout,
         owner: tuple[int, int],
         in_userns: bool,
+        rootless: bool,
+        shared: frozenset[int],
     ) -> None:
         self.proc = proc
         self._namespace = namespace
@@ -56,6 +71,9 @@ class Container:
         self.layout = layout
         self.uid, self.gid = owner
         self.in_userns = in_userns
+        self.rootless = rootless
+        self._shared = shared
+        self._fdinfo = os.open("/proc/self/fdinfo", DIRECTORY)
 
     def enter(self) -> None:
         """Into the container's mount namespace, for good; files are made as the container's root from here on."""
@@ -68,6 +86,17 @@ class Container:
             # the capability to change it is gone.
             kernel.setfsgid(self.gid)
             kernel.setfsuid(self.uid)
+
+    def shares(self, fd: int) -> bool:
+        """Whether a mount on what this descriptor is of would show up outside of the container as well."""
+        if not self._shared:
+            return False
+        info = os.open(str(fd), os.O_RDONLY | os.O_CLOEXEC, dir_fd=self._fdinfo)
+        try:
+            _, _, rest = os.read(info, 4096).partition(b"mnt_id:")
+        finally:
+            os.close(info)
+        return int(rest.split()[0]) in self._shared
 
     def be_host(self) -> None:
         """Files are the host's root's again, for what is kept on the host; the namespace stays."""
@@ -100,20 +129,26 @@ def _open(state: State, rootfs: str, proc: int) -> Container:
     namespace = os.open("ns/mnt", os.O_RDONLY | os.O_CLOEXEC, dir_fd=proc)
     if os.path.samestat(os.fstat(namespace), os.stat("/proc/self/ns/mnt")):
         raise ContainerError(f"process {state.pid} has no mount namespace of its own: it is not a container")
-    if rootfs not in mountinfo.mount_points(_read(proc, "mountinfo")):
+    mounts = _read(proc, "mountinfo")
+    if rootfs not in mountinfo.mount_points(mounts):
         raise ContainerError(f"process {state.pid} has not mounted `{rootfs}`: it is not a container of this bundle")
     above = Root(os.open("root", DIRECTORY, dir_fd=proc))
     root = Root(above.open(rootfs, DIRECTORY))
     os.close(above.fd)
-    owner, in_userns = _owner(proc)
+    with open("/proc/self/uid_map", encoding="ascii") as file:
+        rootless = " ".join(file.read().split()) != _FULL_MAP
+    owner = _owner(proc)
     return Container(
         proc=proc,
         namespace=namespace,
         root=root,
         rootfs=rootfs,
         layout=layout(root),
-        owner=owner,
-        in_userns=in_userns,
+        owner=owner or (0, 0),
+        in_userns=rootless or owner is not None,
+        rootless=rootless,
+        # Into a mount namespace of another user namespace mounts come, and none goes out.
+        shared=mountinfo.shared(mounts) if owner is None else frozenset(),
     )
 
 
@@ -147,14 +182,13 @@ def _is_same(root: Root, one: str, other: str) -> bool:
         os.close(second)
 
 
-def _owner(proc: int) -> tuple[tuple[int, int], bool]:
-    """((uid, gid) of the container's root as we see ids, whether its filesystems belong to a user namespace)."""
+def _owner(proc: int) -> tuple[int, int] | None:
+    """(uid, gid) of the container's root as we see ids; None where the container has our user namespace."""
     ours = os.stat("/proc/self/ns/user")
     theirs = os.stat("ns/user", dir_fd=proc)
     if os.path.samestat(ours, theirs):
-        with open("/proc/self/uid_map", encoding="ascii") as file:
-            return (0, 0), " ".join(file.read().split()) != _FULL_MAP
-    return (_mapped_root(_read(proc, "uid_map")), _mapped_root(_read(proc, "gid_map"))), True
+        return None
+    return _mapped_root(_read(proc, "uid_map")), _mapped_root(_read(proc, "gid_map"))
 
 
 def _mapped_root(id_map: str) -> int:

@@ -88,6 +88,17 @@ class Edit:
         self._undo.append(_remover(os.unlink, parent, name))
         self.traces.append({"kind": "file", "path": path})
 
+    def _attach(self, container: Container, source: bind.Source, parent: int, name: str) -> None:
+        """Mount on what is there; not in a volume that shares its mounts, where the host would have it as well."""
+        target = os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=parent)
+        try:
+            if container.shares(target):
+                raise OSError(errno.EXDEV, "a volume is there that shares its mounts with the host; mount it as rslave")
+        finally:
+            os.close(target)
+        mounted = source.attach(parent, name)
+        self._undo.append(lambda: bind.detach(mounted))
+
 
 def _remover(remove: Callable[..., None], parent: int, name: str) -> Callable[[], None]:
     parent = os.dup(parent)
@@ -163,8 +174,7 @@ class Mount(Edit):
                     self._create(parent, self.destination)
                 elif not stat.S_ISREG(status.st_mode):
                     raise OSError(errno.EEXIST, f"the image has {_kind_of(status)} there")
-                mounted = self._source.attach(parent, name)
-                self._undo.append(lambda: bind.detach(mounted))
+                self._attach(container, self._source, parent, name)
             finally:
                 os.close(parent)
         except OSError as error:
@@ -234,7 +244,7 @@ class Device(Edit):
         if status is not None and self._is_this(status) and not nodev:
             return  # the runtime made it, from the spec
         if status is not None or nodev or not self._make_node(parent, name):
-            self._bind(parent, name, is_there=status is not None)
+            self._bind(container, parent, name, is_there=status is not None)
 
     def _make_node(self, parent: int, name: str) -> bool:
         """False where mknod is not allowed."""
@@ -255,13 +265,12 @@ class Device(Edit):
             os.close(fd)
         return True
 
-    def _bind(self, parent: int, name: str, *, is_there: bool) -> None:
+    def _bind(self, container: Container, parent: int, name: str, *, is_there: bool) -> None:
         if self._source is None:
             raise OSError(errno.ENODEV, f"has to be bound, and `{self._host_path}` is not {self.major}:{self.minor}")
         if not is_there:
             self._create(parent, self.path)
-        mounted = self._source.attach(parent, name)
-        self._undo.append(lambda: bind.detach(mounted))
+        self._attach(container, self._source, parent, name)
 
     def _is_this(self, status: os.stat_result) -> bool:
         return stat.S_ISCHR(status.st_mode) and status.st_rdev == os.makedev(self.major, self.minor)
@@ -285,13 +294,13 @@ class Symlink(Edit):
         try:
             parent, name = self._parent(container, self.path)
             try:
-                self._place(parent, name)
+                self._place(container, parent, name)
             finally:
                 os.close(parent)
         except OSError as error:
             raise MountError(f"link `{self.path}` to `{self.target}`: {reason(error)}") from None
 
-    def _place(self, parent: int, name: str) -> None:
+    def _place(self, container: Container, parent: int, name: str) -> None:
         """Missing: made. Another link: replaced. A file of the image, or the empty one of an earlier mount: covered."""
         status = _look(parent, name)
         if status is None:
@@ -302,7 +311,7 @@ class Symlink(Edit):
             if os.readlink(name, dir_fd=parent) != self.target:
                 self._replace(parent, name)
         elif stat.S_ISREG(status.st_mode):
-            self._cover(parent, name)
+            self._cover(container, parent, name)
         else:
             raise OSError(errno.EEXIST, f"the image has {_kind_of(status)} there")
 
@@ -333,7 +342,7 @@ class Symlink(Edit):
             os.unlink(beside, dir_fd=parent)
             raise
 
-    def _cover(self, parent: int, name: str) -> None:
+    def _cover(self, container: Container, parent: int, name: str) -> None:
         """The image's own file stays as it is below the mount: it may be in a layer that others share."""
         path = f"/proc/self/fd/{parent}/{self.target}"
         source = bind.Source(path, ("ro", "nosuid", "nodev"))
@@ -341,10 +350,9 @@ class Symlink(Edit):
             if not stat.S_ISREG(os.fstat(source.fd).st_mode):
                 raise OSError(errno.EEXIST, f"`{self.target}` beside it is no regular file")
             source.clone()
-            mounted = source.attach(parent, name)
+            self._attach(container, source, parent, name)
         finally:
             source.close()
-        self._undo.append(lambda: bind.detach(mounted))
 
 
 class Ldcache(Edit):
@@ -381,7 +389,10 @@ class Ldcache(Edit):
             etc, name = self._parent(container, _CACHE)
             try:
                 self._remember(etc, name)
-                owner = (container.uid, container.gid)
+                status = os.fstat(etc)
+                # With --userns=host an image that was unpacked for a user namespace belongs to that one's root, and
+                # root without capabilities cannot write there.
+                owner = (container.uid, container.gid) if container.rootless else (status.st_uid, status.st_gid)
                 ldconfig.run(self._program, container.rootfs, container.root, self.directories, owner)
                 made = leftovers.identity(os.stat(name, dir_fd=etc, follow_symlinks=False))
                 self.traces.append({"kind": "cache", "path": _CACHE, "made": made, "former": self.former >= 0})

@@ -100,7 +100,7 @@ def _allow(edits: list[editing.Edit], described: spec.Spec, config: Config, cont
     missing = [
         edit for edit in edits if isinstance(edit, editing.Device) and not described.allows(edit.major, edit.minor)
     ]
-    if not missing or config.no_cgroups or container.in_userns:
+    if not missing or config.no_cgroups or container.rootless:
         return lambda: None
     from .linux import cgroups  # only where there was no wrapper
 

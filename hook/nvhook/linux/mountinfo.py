@@ -9,6 +9,15 @@ def mount_points(text: str) -> set[str]:
     return {unescape(fields[4]) for fields in map(str.split, text.splitlines()) if len(fields) > 4}
 
 
+def shared(text: str) -> frozenset[int]:
+    """The ids of the mounts that tell others, of their peer group, what is mounted on them."""
+    found = set()
+    for fields in map(str.split, text.splitlines()):
+        if "-" in fields and any(field.startswith("shared:") for field in fields[6 : fields.index("-", 6)]):
+            found.add(int(fields[0]))
+    return frozenset(found)
+
+
 def unescape(field: str) -> str:
     r"""Space, tab, newline and backslash stand in the file as \040, \011, \012 and \134."""
     if "\\" not in field:
