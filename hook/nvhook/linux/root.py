@@ -110,14 +110,18 @@ def _walk(root_fd: int, path: str, flags: int) -> int:
     look-up that a rename in between could lead elsewhere.
     """
     opened: list[int] = []
-    todo = [part for part in reversed(path.split("/")) if part not in ("", ".")]
+    if not path:
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path)
+    todo = path.split("/")[::-1]
     links = 0
     try:
         while todo:
             here = opened[-1] if opened else root_fd
             name = todo.pop()
-            if name == "..":
-                if opened:
+            if name in ("", ".", ".."):
+                if not stat.S_ISDIR(os.fstat(here).st_mode):
+                    raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), path)
+                if name == ".." and opened:
                     os.close(opened.pop())
                 continue
             fd = os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=here)
@@ -130,7 +134,7 @@ def _walk(root_fd: int, path: str, flags: int) -> int:
                 if target.startswith("/"):
                     while opened:
                         os.close(opened.pop())
-                todo += [part for part in reversed(target.split("/")) if part not in ("", ".")]
+                todo += target.split("/")[::-1]
                 continue
             if todo:
                 opened.append(fd)

@@ -1,0 +1,188 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Paths below a root, resolved by the kernel and by hand: the same answers, and never anything outside."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nvhook.linux import kernel
+from nvhook.linux.root import DIRECTORY, Root
+
+
+def _absent(*_: object, **__: object) -> int:
+    raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> Path:
+    """`outside` is what no path may reach; everything in `root` points there somehow."""
+    (tmp_path / "outside").mkdir()
+    (tmp_path / "outside/file").write_text("outside")
+    root = tmp_path / "root"
+    (root / "a/b").mkdir(parents=True)
+    (root / "a/b/file").write_text("inside")
+    links = {
+        "absolute": "/a/b/file",
+        "a/up": "../a/b",
+        "a/over": "../../../../../../a/b/file",
+        "out": str(tmp_path / "outside/file"),
+        "a/out": "../../outside",
+        "dangling": "nowhere",
+        "loop": "pool",
+        "pool": "loop",
+        "self": "self",
+        "chain": "absolute",
+        "magic": "/proc/self/root",
+        "dot": ".",
+        "root": "/",
+    }
+    for name, target in links.items():
+        (root / name).symlink_to(target)
+    os.mkfifo(root / "fifo")
+    return root
+
+
+PATHS = {
+    "/": None,
+    "": errno.ENOENT,
+    ".": None,
+    "..": None,
+    "a/b/file": "a/b/file",
+    "//a//./b///file": "a/b/file",
+    "/a/b/": "a/b",
+    "../../a/b/file": "a/b/file",
+    "a/../../../a/b/file": "a/b/file",
+    "absolute": "a/b/file",
+    "chain": "a/b/file",
+    "a/up/file": "a/b/file",
+    "a/over": "a/b/file",
+    "dot/a/dot": errno.ENOENT,
+    "root/root/a/b/file": "a/b/file",
+    "out": errno.ENOENT,
+    "a/out/file": errno.ENOENT,
+    "dangling": errno.ENOENT,
+    "dangling/x": errno.ENOENT,
+    "loop": errno.ELOOP,
+    "self/x": errno.ELOOP,
+    "a/b/file/x": errno.ENOTDIR,
+    "a/b/file/..": errno.ENOTDIR,
+    "magic/etc/passwd": errno.ENOENT,
+    "x" * 300: errno.ENAMETOOLONG,
+}
+
+
+@pytest.mark.parametrize("by_hand", [False, True], ids=["openat2", "by-hand"])
+@pytest.mark.parametrize(("path", "expected"), PATHS.items(), ids=[name[:24] or "empty" for name in PATHS])
+def test_open(
+    tree: Path, monkeypatch: pytest.MonkeyPatch, path: str, expected: str | int | None, by_hand: bool
+) -> None:
+    if by_hand:
+        monkeypatch.setattr(kernel, "openat2", _absent)
+    root = Root(os.open(tree, DIRECTORY))
+    if isinstance(expected, int):
+        with pytest.raises(OSError, match=r".") as caught:
+            root.open(path)
+        assert caught.value.errno == expected
+        return
+    fd = root.open(path)
+    assert os.path.samestat(os.fstat(fd), (tree / (expected or ".")).stat())
+    os.close(fd)
+
+
+@pytest.mark.parametrize("by_hand", [False, True], ids=["openat2", "by-hand"])
+def test_open_of_a_magic_link_of_the_kernel(monkeypatch: pytest.MonkeyPatch, by_hand: bool) -> None:
+    """In a real /proc: by name /proc/self/root leads to the host's root, here it must stay below /proc."""
+    if by_hand:
+        monkeypatch.setattr(kernel, "openat2", _absent)
+    proc = Root(os.open("/proc", DIRECTORY))
+    for path in (f"{os.getpid()}/root/etc", f"{os.getpid()}/cwd/tests", f"{os.getpid()}/fd/0"):
+        with pytest.raises(OSError, match=r".") as caught:
+            proc.open(path)
+        assert caught.value.errno in (errno.ELOOP, errno.ENOENT, errno.ENOTDIR)
+
+
+@pytest.mark.parametrize("by_hand", [False, True], ids=["openat2", "by-hand"])
+def test_open_not_following(tree: Path, monkeypatch: pytest.MonkeyPatch, by_hand: bool) -> None:
+    if by_hand:
+        monkeypatch.setattr(kernel, "openat2", _absent)
+    root = Root(os.open(tree, DIRECTORY))
+    fd = root.open("absolute", os.O_PATH | os.O_NOFOLLOW)
+    assert stat.S_ISLNK(os.fstat(fd).st_mode)
+    with pytest.raises(OSError, match=r".") as caught:
+        root.open("absolute", os.O_RDONLY | os.O_NOFOLLOW)
+    assert caught.value.errno == errno.ELOOP
+
+
+@pytest.mark.parametrize("by_hand", [False, True], ids=["openat2", "by-hand"])
+def test_read(tree: Path, monkeypatch: pytest.MonkeyPatch, by_hand: bool) -> None:
+    if by_hand:
+        monkeypatch.setattr(kernel, "openat2", _absent)
+    root = Root(os.open(tree, DIRECTORY))
+    assert root.read("chain", 6) == b"inside"
+    for path, limit, expected in (("chain", 5, errno.EFBIG), ("fifo", 9, errno.EINVAL), ("a", 9, errno.EINVAL)):
+        with pytest.raises(OSError, match=r".") as caught:
+            root.read(path, limit)
+        assert caught.value.errno in (expected, errno.EISDIR)
+
+
+def test_open_directory_makes_and_remembers(tree: Path) -> None:
+    root = Root(os.open(tree, DIRECTORY))
+    made: list[tuple[int, str]] = []
+    fd = root.open_directory("/root/a/new/deep", made)
+    assert os.path.samestat(os.fstat(fd), (tree / "a/new/deep").stat())
+    assert [name for _, name in made] == ["new", "deep"]
+    for parent, name in reversed(made):
+        os.rmdir(name, dir_fd=parent)
+    assert not (tree / "a/new").exists()
+
+
+@pytest.mark.parametrize("path", ["/dangling/x", "/out/x", "/a/out/x", "/a/b/file/x", "/loop/x", "/fifo"])
+def test_open_directory_refuses(tree: Path, path: str) -> None:
+    root = Root(os.open(tree, DIRECTORY))
+    made: list[tuple[int, str]] = []
+    with pytest.raises(OSError, match=r"."):
+        root.open_directory(path, made)
+    assert made == []
+    assert sorted(os.listdir(tree.parent / "outside")) == ["file"]
+    assert not (tree / "nowhere").exists()
+
+
+_NAMES = st.sampled_from(["a", "b", "c", "d"])
+_TARGETS = st.lists(st.one_of(_NAMES, st.sampled_from(["..", ".", ""])), min_size=1, max_size=5).map("/".join)
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    links=st.dictionaries(st.tuples(_NAMES, _NAMES).map("/".join), _TARGETS.filter(bool), max_size=6),
+    path=_TARGETS.filter(bool),
+)
+def test_both_ways_agree(tmp_path_factory: pytest.TempPathFactory, links: dict[str, str], path: str) -> None:
+    directory = tmp_path_factory.mktemp("tree") / "root"
+    for name in ("a", "b", "c"):
+        (directory / name).mkdir(parents=True)
+    for name, target in links.items():
+        if (directory / name).parent.is_dir():
+            (directory / name).symlink_to(target)
+    inside = {(item.stat(follow_symlinks=False).st_ino) for item in [directory, *directory.rglob("*")]}
+    answers = []
+    for by_hand in (False, True):
+        root = Root(os.open(directory, DIRECTORY))
+        if by_hand:
+            root._openat2 = False
+        try:
+            fd = root.open(path)
+        except OSError as error:
+            answers.append(-(error.errno or 0))
+        else:
+            answers.append(os.fstat(fd).st_ino)
+            os.close(fd)
+        os.close(root.fd)
+    assert answers[0] == answers[1]
+    assert answers[0] < 0 or answers[0] in inside
