@@ -5,13 +5,16 @@ PREFIX = /usr/local
 SYSCONFDIR = /etc
 DESTDIR =
 
-.PHONY: demo test install uninstall
+.PHONY: demo test test-engines install uninstall
 
 demo:
 	scripts/demo
 
 test:
 	scripts/test
+
+test-engines:
+	scripts/test tests/engines
 
 install: build/requirements.stamp
 	scripts/install install '$(PREFIX)' '$(SYSCONFDIR)' '$(DESTDIR)'

@@ -95,7 +95,7 @@ def _allow(edits: list[editing.Edit], described: spec.Spec, config: Config, cont
     """Open the device cgroup for nodes that the spec's own rules do not cover; the answer takes that back.
 
     The wrapper writes the rules into the spec, where the runtime and systemd know them. Without it (dockerd's
-    --gpus, hooks.d) the cgroup itself is all that is left. In a user namespace it is not ours to change.
+    --gpus, hooks.d) the cgroup itself is all that is left. In a user namespace of our own it is not ours to change.
     """
     missing = [
         edit for edit in edits if isinstance(edit, editing.Device) and not described.allows(edit.major, edit.minor)
