@@ -833,7 +833,9 @@ def test_file_that_cannot_be_written(host: Host) -> None:
     """By the real command, as a user who may read the file."""
     file = _write(host.place / "daemon.json", "{}")
     modules = str(Path(cli.__file__).parent.parent)
-    code = "import os, sys; os.setuid(65534); from nvhook.cli import main; sys.exit(main(sys.argv[1:], '/nonexistent'))"
+    # Imported first: the user may not come to where the modules are.
+    early = "import difflib, hashlib, os, sys, tomlkit; from nvhook import changes, cli, configure, documents, engines"
+    code = f"{early}; os.setuid(65534); sys.exit(cli.main(sys.argv[1:], '/nonexistent'))"
     words = ["configure", "docker", "--config-file", str(file), "--runtime-path", "/bin/true"]
     for directory in [host.place, *host.place.parents]:
         if directory.stat().st_uid == os.geteuid() and directory != Path("/") and "pytest" in str(directory):

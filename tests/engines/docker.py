@@ -269,7 +269,7 @@ class Docker:
     def kill_main_process(self, name: str) -> None:
         pid = self.inspect(name, "{{.State.Pid}}")
         assert int(pid) > 0, f"{name} does not run"  # 0 is whoever calls, with all its group
-        self.here("kill", "-KILL", pid)
+        self.here("sh", "-c", f"kill -KILL {pid}")  # a minimal Debian has no program of that name
 
     def recorded(self, name: str, stage: str = "after") -> bytes:
         """config.json of a container as the low-level runtime got it."""
