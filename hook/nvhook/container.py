@@ -201,5 +201,6 @@ def _mapped_root(id_map: str) -> int:
 
 def _read(proc: int, name: str) -> str:
     fd = os.open(name, os.O_RDONLY | os.O_CLOEXEC, dir_fd=proc)
-    with os.fdopen(fd, encoding="utf-8", errors="surrogateescape") as file:
+    # A carriage return may be part of a path in mountinfo; it is not the end of a line.
+    with os.fdopen(fd, encoding="utf-8", errors="surrogateescape", newline="\n") as file:
         return file.read()

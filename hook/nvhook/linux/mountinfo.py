@@ -1,21 +1,29 @@
 # SPDX-License-Identifier: Apache-2.0
-"""/proc/<pid>/mountinfo, as text (proc_pid_mountinfo(5))."""
+"""/proc/<pid>/mountinfo, as text (proc_pid_mountinfo(5)).
+
+The kernel escapes its own separators in a path, and no others: an image may name a volume with a no-break space or a
+line separator of Unicode, which str.split and str.splitlines would take for the end of a field or a line.
+"""
 
 from __future__ import annotations
 
 
 def mount_points(text: str) -> set[str]:
     """Every mount point, as seen from the process's root."""
-    return {unescape(fields[4]) for fields in map(str.split, text.splitlines()) if len(fields) > 4}
+    return {unescape(fields[4]) for fields in _lines(text) if len(fields) > 4}
 
 
 def shared(text: str) -> frozenset[int]:
     """The ids of the mounts that tell others, of their peer group, what is mounted on them."""
     found = set()
-    for fields in map(str.split, text.splitlines()):
+    for fields in _lines(text):
         if "-" in fields and any(field.startswith("shared:") for field in fields[6 : fields.index("-", 6)]):
             found.add(int(fields[0]))
     return frozenset(found)
+
+
+def _lines(text: str) -> list[list[str]]:
+    return [line.split(" ") for line in text.split("\n")]
 
 
 def unescape(field: str) -> str:

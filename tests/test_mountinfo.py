@@ -1,0 +1,36 @@
+# SPDX-License-Identifier: Apache-2.0
+"""mountinfo as the kernel writes it, with paths that an image chose."""
+
+from __future__ import annotations
+
+import pytest
+
+from nvhook.linux import mountinfo
+
+TEXT = """\
+22 1 8:1 / / rw,relatime shared:1 - ext4 /dev/sda1 rw
+90 22 0:50 / /with\\040space rw - tmpfs none rw
+91 22 0:51 / /no-break\u00a0space/and\u2028line\x85end rw master:3 - tmpfs none rw
+92 22 0:52 / /carriage\rreturn rw shared:7 master:2 - tmpfs none rw
+93 22 0:53 / /a\\134b\\011c\\012d rw - tmpfs shared:9 rw
+"""
+
+
+def test_mount_points() -> None:
+    assert mountinfo.mount_points(TEXT) == {
+        "/",
+        "/with space",
+        "/no-break\u00a0space/and\u2028line\x85end",
+        "/carriage\rreturn",
+        "/a\\b\tc\nd",
+    }
+
+
+def test_shared_looks_at_the_optional_fields_alone() -> None:
+    assert mountinfo.shared(TEXT) == {22, 92}
+
+
+@pytest.mark.parametrize("text", ["", "\n", "1", "1 2 3 4", "x y z\n"], ids=repr)
+def test_lines_that_are_none(text: str) -> None:
+    assert mountinfo.mount_points(text) == set()
+    assert mountinfo.shared(text) == frozenset()
