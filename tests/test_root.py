@@ -186,3 +186,21 @@ def test_both_ways_agree(tmp_path_factory: pytest.TempPathFactory, links: dict[s
         os.close(root.fd)
     assert answers[0] == answers[1]
     assert answers[0] < 0 or answers[0] in inside
+
+
+@pytest.mark.parametrize("times", [1, 1000], ids=["once", "for-ever"])
+def test_open_when_the_kernel_could_not_be_sure(tree: Path, monkeypatch: pytest.MonkeyPatch, times: int) -> None:
+    """EAGAIN: something was renamed or mounted somewhere while a `..` was taken. Asked again, and then by hand."""
+    real = kernel.openat2
+    left = [times]
+
+    def unsure(dir_fd: int, path: str, flags: int, *, resolve: int) -> int:
+        left[0] -= 1
+        if left[0] >= 0:
+            raise OSError(errno.EAGAIN, os.strerror(errno.EAGAIN), path)
+        return real(dir_fd, path, flags, resolve=resolve)
+
+    monkeypatch.setattr(kernel, "openat2", unsure)
+    fd = Root(os.open(tree, DIRECTORY)).open("a/up/file")
+    assert os.path.samestat(os.fstat(fd), (tree / "a/b/file").stat())
+    os.close(fd)

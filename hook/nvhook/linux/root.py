@@ -18,6 +18,7 @@ from . import kernel
 
 _MAX_LINKS = 40  # MAXSYMLINKS of the kernel's own walk
 _NOT_HERE = (errno.ENOSYS, errno.EPERM, errno.EOPNOTSUPP)
+_TRIES = 32
 
 DIRECTORY = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
 
@@ -38,14 +39,19 @@ class Root:
         link itself (with O_PATH) or to refuse it (without), and O_NONBLOCK where a FIFO may stand in the way.
         """
         flags |= os.O_CLOEXEC
-        if self._openat2:
-            resolve = kernel.RESOLVE_IN_ROOT | kernel.RESOLVE_NO_MAGICLINKS
+        resolve = kernel.RESOLVE_IN_ROOT | kernel.RESOLVE_NO_MAGICLINKS
+        tries = _TRIES
+        while self._openat2 and tries:
             try:
                 return kernel.openat2(self.fd, path, flags, resolve=resolve)
             except OSError as error:
-                if error.errno not in _NOT_HERE:
+                if error.errno == errno.EAGAIN:
+                    # A rename or a mount anywhere on the machine, while the kernel took a `..`: it could not be sure.
+                    tries -= 1
+                elif error.errno in _NOT_HERE:
+                    self._openat2 = False  # remembered: the answer is the same for every path
+                else:
                     raise
-                self._openat2 = False  # remembered: the answer is the same for every path
         return _walk(self.fd, path, flags)
 
     def exists(self, path: str) -> bool:
