@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import errno
 import os
+import socket
 import stat
+import struct
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -31,6 +33,7 @@ OPTIONS = ("ro", "nosuid", "nodev")
 
 class Place:
     def __init__(self, directory: Path) -> None:
+        self.in_userns = False
         self.directory = directory
         self.root = directory / "root"
         self.canary = directory / "canary"
@@ -76,7 +79,7 @@ class Place:
             return traceback.format_exc()
         return ""
 
-    def container(self, *, in_userns: bool = False) -> Container:
+    def container(self) -> Container:
         root = Root(os.open(self.root, DIRECTORY))
         return Container(
             proc=-1,
@@ -85,7 +88,7 @@ class Place:
             rootfs=str(self.root),
             layout=layout(root),
             owner=(0, 0),
-            in_userns=in_userns,
+            in_userns=self.in_userns,
             rootless=False,
             shared=frozenset(),
         )
@@ -109,7 +112,7 @@ def tree(directory: Path) -> dict[str, tuple[int, int, int, str]]:
         if stat.S_ISLNK(status.st_mode):
             content = os.readlink(path)
         elif stat.S_ISREG(status.st_mode):
-            content = path.read_text()
+            content = path.read_text(errors="surrogateescape")
         size = 0 if stat.S_ISDIR(status.st_mode) else status.st_size
         found[str(path.relative_to(directory))] = (status.st_mode, status.st_rdev, size, content)
     return found
@@ -175,7 +178,20 @@ def _null(path: Path) -> None:
     os.mknod(path, stat.S_IFCHR | 0o666, os.makedev(1, 3))
 
 
-TRAPS: dict[str, Callable[[Path], None]] = {"directory": _directory, "fifo": _fifo, "device": _null}
+def _socket(path: Path) -> None:
+    here = os.getcwd()
+    os.chdir(path.parent)  # the address of a socket has room for a short path only
+    with socket.socket(socket.AF_UNIX) as made:
+        made.bind(path.name)
+    os.chdir(here)
+
+
+TRAPS: dict[str, Callable[[Path], None]] = {
+    "directory": _directory,
+    "fifo": _fifo,
+    "device": _null,
+    "socket": _socket,
+}
 LINKS = {
     "absolute": "{canary}/file",
     "relative-out": "../../../../../../../../../../../..{canary}/file",
@@ -194,6 +210,44 @@ def test_mount_on_what_is_no_file(place: Place, trap: str) -> None:
     line = place.apply(place.mount())
     assert line.startswith(f"mount error: mount `{place.source}` on `{LIBRARY}`: the image has a")
     assert before == tree(place.directory)
+
+
+@pytest.mark.parametrize("trap", TRAPS)
+@pytest.mark.parametrize("kind", ["symlink", "device"])
+def test_link_and_device_where_something_is(place: Place, kind: str, trap: str) -> None:
+    path = f"{LIBRARIES}/libx.so.1" if kind == "symlink" else "/dev/nvidia0"
+    (place.root / path[1:]).parent.mkdir()
+    TRAPS[trap](place.root / path[1:])
+    before = tree(place.directory)
+    line = place.apply(Symlink(path, "libx.so.1.2") if kind == "symlink" else node())
+    assert f"`{path}`" in line
+    assert "the image has a" in line
+    assert before == tree(place.directory)
+
+
+@pytest.mark.parametrize("link", LINKS)
+def test_swapped_for_a_link_after_the_look(place: Place, monkeypatch: pytest.MonkeyPatch, link: str) -> None:
+    """A process of a container that shares the tree is quick: whatever then happens, happens inside."""
+    target = place.root / LIBRARY[1:]
+    target.parent.mkdir()
+    target.touch()
+    look = edits._look
+
+    def quick(parent: int, name: str) -> os.stat_result | None:
+        status = look(parent, name)
+        target.unlink()
+        target.symlink_to(LINKS[link].format(canary=place.canary))
+        return status
+
+    def nothing_outside() -> None:
+        points = [line.split(" ")[4] for line in Path("/proc/self/mountinfo").read_text().split("\n") if line]
+        assert not [point for point in points if point.startswith(str(place.canary)) or point == "/dev/null"]
+        assert before == tree(place.canary)
+
+    before = tree(place.canary)
+    monkeypatch.setattr(edits, "_look", quick)
+    place.apply(place.mount(), after=nothing_outside)
+    assert before == tree(place.canary)
 
 
 @pytest.mark.parametrize("link", LINKS)
@@ -270,6 +324,46 @@ def test_device_where_nodes_cannot_be_opened_and_the_host_has_none(place: Place)
     assert line == "mount error: make device `/dev/nvidia0`: has to be bound, and `/dev/nvidia0` is not 60:7"
 
 
+def test_device_of_other_numbers_on_the_host(place: Place) -> None:
+    place.in_userns = True
+    line = place.apply(Device("/dev/null", 1, 5, "rw", mode=0o666, uid=0, gid=0))
+    assert line == "mount error: make device `/dev/null`: has to be bound, and `/dev/null` is not 1:5"
+    assert os.listdir(place.root) == ["usr"]
+
+
+@pytest.mark.parametrize("there", ["nothing", "empty-file", "the-node"])
+@pytest.mark.parametrize("why", ["user-namespace", "no-capability"])
+def test_device_is_bound(place: Place, why: str, there: str) -> None:
+    """In a user namespace always, as a node made there cannot be opened; else where mknod is denied."""
+    (place.root / "dev").mkdir()
+    if there == "empty-file":
+        (place.root / "dev/null").touch()
+    elif there == "the-node":
+        _null(place.root / "dev/null")
+    place.in_userns = why == "user-namespace"
+
+    def look() -> None:
+        (place.root / "dev/null").write_text("gone")
+        is_bound = why == "user-namespace" or there != "the-node"
+        assert is_bound == ("/dev/null" in place.mounts())
+
+    null = Device("/dev/null", 1, 3, "rw", mode=0o666, uid=0, gid=0)
+    wanted = [null] if place.in_userns else [_NoMknod(), null]
+    assert place.apply(*wanted, after=look) == ""
+    assert place.apply(*wanted, after=look) == ""  # a second start finds what the first left
+
+
+@pytest.mark.parametrize("mask", [0o077, 0o777])
+def test_device_mode_whatever_the_umask(place: Place, mask: int) -> None:
+    (place.root / "dev").mkdir()
+    former = os.umask(mask)
+    try:
+        assert place.apply(node()) == ""
+    finally:
+        os.umask(former)
+    assert stat.S_IMODE((place.root / "dev/nvidia0").lstat().st_mode) == 0o640
+
+
 def test_device_bound_where_nodes_cannot_be_opened(place: Place) -> None:
     (place.root / "dev").mkdir()
     null = Device("/dev/null", 1, 3, "rw", mode=0o666, uid=0, gid=0)
@@ -294,6 +388,17 @@ class _Tmpfs(Edit):
         kernel.mount("none", str(self.path), "tmpfs", self.flags)
 
 
+class _NoMknod(Edit):
+    """Not an edit of ours: takes CAP_MKNOD away from whoever applies the next."""
+
+    def apply(self, container: Container) -> None:  # noqa: ARG002
+        status = Path("/proc/self/status").read_text()
+        allowed = int(status.partition("CapEff:")[2].split()[0], 16) & ~(1 << 27)
+        low, high = allowed & 0xFFFFFFFF, allowed >> 32
+        header = struct.pack("=Ii", kernel._LINUX_CAPABILITY_VERSION_3, 0)
+        kernel._syscall(kernel._NR_CAPSET, header, struct.pack("=6I", low, low, 0, high, high, 0))
+
+
 def test_symlink_in_an_empty_tree(place: Place) -> None:
     assert place.apply(place.mount(), Symlink(f"{LIBRARIES}/libx.so.1", "libx.so.1.2")) == ""
     assert os.readlink(place.root / "usr/lib64/libx.so.1") == "libx.so.1.2"
@@ -315,6 +420,100 @@ def test_symlink_covers_a_file_of_the_image(place: Place) -> None:
     link = Symlink(f"{LIBRARIES}/libx.so.1", "libx.so.1.2")
     assert place.apply(place.mount(), link, after=lambda: _is(place, f"{LIBRARIES}/libx.so.1", "the driver's")) == ""
     assert (place.root / "usr/lib64/libx.so.1").read_text() == "the image's own"
+
+
+def test_symlink_covers_the_empty_file_of_an_earlier_start(place: Place) -> None:
+    (place.root / "usr/lib64").mkdir()
+    (place.root / "usr/lib64/libx.so.1").touch()
+    link = Symlink(f"{LIBRARIES}/libx.so.1", "libx.so.1.2")
+    assert place.apply(place.mount(), link, after=lambda: _is(place, f"{LIBRARIES}/libx.so.1", "the driver's")) == ""
+
+
+@pytest.mark.parametrize("target", ["missing", "link", "directory", "fifo"])
+def test_symlink_covers_with_a_file_only(place: Place, target: str) -> None:
+    (place.root / "usr/lib64").mkdir()
+    (place.root / "usr/lib64/libx.so.1").write_text("the image's own")
+    if target == "link":
+        (place.root / LIBRARY[1:]).symlink_to(place.canary / "file")
+    elif target != "missing":
+        TRAPS[target](place.root / LIBRARY[1:])
+    before = tree(place.directory)
+    line = place.apply(Symlink(f"{LIBRARIES}/libx.so.1", "libx.so.1.2"))
+    assert line.startswith(f"mount error: link `{LIBRARIES}/libx.so.1` to `libx.so.1.2`: ")
+    assert before == tree(place.directory)
+
+
+CACHE = "/etc/ld.so.cache"
+
+
+@pytest.mark.parametrize("trap", [*TRAPS, *LINKS])
+def test_ldcache_that_is_no_file(place: Place, trap: str) -> None:
+    (place.root / "etc").mkdir()
+    if trap in TRAPS:
+        TRAPS[trap](place.root / CACHE[1:])
+    else:
+        (place.root / CACHE[1:]).symlink_to(LINKS[trap].format(canary=place.canary))
+    before = tree(place.directory)
+    line = place.apply(Ldcache((LIBRARIES,)))
+    assert line.startswith(f"ldcache error: make `{CACHE}` of `{place.root}`: the image has a")
+    assert before == tree(place.directory)
+
+
+@pytest.mark.parametrize("link", ANCESTORS)
+def test_ldcache_below_a_link_stays_inside(place: Place, link: str) -> None:
+    (place.root / "etc").symlink_to(ANCESTORS[link].format(canary=place.canary).replace("lib64", "etc"))
+    before = tree(place.canary)
+    line = place.apply(Ldcache((LIBRARIES,)))
+    assert line.startswith(f"ldcache error: make `{CACHE}`")
+    assert before == tree(place.canary)
+
+
+def _all(place: Place) -> list[Edit]:
+    return [
+        place.mount(),
+        place.mount("/usr/new/deep/program"),
+        Symlink(f"{LIBRARIES}/libx.so.1", "libx.so.1.2"),
+        Symlink(f"{LIBRARIES}/liby.so.1", "libx.so.1.2"),
+        node(),
+        Device("/dev/null", 1, 3, "rw", mode=0o666, uid=0, gid=0),
+        Ldcache((LIBRARIES,)),
+    ]
+
+
+def test_everything_twice_on_one_tree(place: Place) -> None:
+    """An image without /etc; then the container is started again on the tree that the first start left."""
+    trees = []
+    for _ in range(2):
+        assert place.apply(*_all(place), after=lambda: _is(place, LIBRARY, "the driver's")) == ""
+        trees.append({path: facts[:2] for path, facts in tree(place.root).items()})
+    assert trees[0] == trees[1]
+    assert "etc/ld.so.cache" in trees[0]
+
+
+@pytest.mark.parametrize("half_way", range(4))
+def test_failure_half_way_is_undone(place: Place, monkeypatch: pytest.MonkeyPatch, half_way: int) -> None:
+    """The file to mount onto has been made, and then it cannot be mounted on."""
+    place.in_userns = True
+    library = place.root / "usr/lib64"
+    library.mkdir()
+    (library / "liby.so.1").write_text("the image's own")
+    before = tree(place.directory)
+    attach = Edit._attach
+    left = [half_way]
+
+    def failing(*arguments: object) -> None:
+        left[0] -= 1
+        if left[0] < 0:
+            raise OSError(errno.EIO, "the disk is on fire")
+        attach(*arguments)  # type: ignore[arg-type]
+
+    def look() -> None:
+        assert place.mounts() == {}
+
+    monkeypatch.setattr(Edit, "_attach", failing)
+    wanted = [edit for edit in _all(place) if not (isinstance(edit, Device) and edit.major == 60)]
+    assert place.apply(*wanted, after=look).endswith("the disk is on fire")
+    assert before == tree(place.directory)
 
 
 class _Broken(Edit):

@@ -43,7 +43,8 @@ int main(int argc, char **argv)
     struct __user_cap_data_struct sets[2];
     struct rlimit memory;
     struct stat status;
-    int bounding = 0, variables = 0, descriptors = 0;
+    struct if_nameindex *interface = if_nameindex();
+    int bounding = 0, variables = 0, descriptors = 0, others = 0;
     if (argc > 1 && strcmp(argv[1], "-X"))
         return 2;
     syscall(SYS_capget, &header, sets);
@@ -53,12 +54,14 @@ int main(int argc, char **argv)
         variables++;
     for (int i = 3; i < 4096; i++)
         descriptors += fcntl(i, F_GETFD) != -1;
+    while (interface && interface->if_index)
+        others += strcmp((interface++)->if_name, "lo") != 0;
     getrlimit(RLIMIT_AS, &memory);
-    printf("uid=%d gid=%d groups=%d caps=%x/%x/%x bounding=%d nnp=%d env=%d fds=%d pid=%d eth=%d memory=%d canary=%d"
-           " proc=%d stdin=%zd self=%d\n",
+    printf("uid=%d gid=%d groups=%d caps=%x/%x/%x bounding=%d nnp=%d env=%d fds=%d pid=%d interfaces=%d"
+           " memory=%d canary=%d proc=%d stdin=%zd self=%d\n",
            getuid(), getgid(), getgroups(0, 0), sets[0].effective | sets[1].effective,
            sets[0].permitted | sets[1].permitted, sets[0].inheritable | sets[1].inheritable, bounding,
-           prctl(PR_GET_NO_NEW_PRIVS, 0, 0, 0, 0), variables, descriptors, getpid(), if_nametoindex("eth0"),
+           prctl(PR_GET_NO_NEW_PRIVS, 0, 0, 0, 0), variables, descriptors, getpid(), others,
            memory.rlim_cur != RLIM_INFINITY, stat(CANARY, &status), stat("/proc/1", &status),
            read(0, &status, 1), open("/proc/self/exe", O_RDWR) >= 0);
     return 1;
@@ -176,6 +179,41 @@ def test_configuration_that_is_a_trap(rootfs: Path, monkeypatch: pytest.MonkeyPa
     assert time.monotonic() - begin < 4
 
 
+def test_configuration_that_is_a_fifo(rootfs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ldconfig, "_SECONDS", 2)
+    (rootfs / "etc/ld.so.conf").unlink()
+    os.mkfifo(rootfs / "etc/ld.so.conf")
+    begin = time.monotonic()
+    assert run(rootfs, PROGRAM) == "not finished after 2 s"
+    assert time.monotonic() - begin < 4
+
+
+def test_directory_that_leads_out_of_the_tree(rootfs: Path, tmp_path: Path) -> None:
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    triplet = f"{os.uname().machine}-linux-gnu"
+    shutil.copy(rootfs / "usr/lib" / triplet / "libm.so.6", outside / "libm.so.6")
+    (rootfs / "ours").symlink_to(outside)
+    (rootfs / "up").symlink_to(f"../../../../../../../..{outside}")
+    assert run(rootfs, PROGRAM, "/ours", "/up") == ""
+    assert cached(rootfs)["libm.so.6"].startswith((f"/usr/lib/{triplet}/", f"/lib/{triplet}/"))
+    assert os.listdir(outside) == ["libm.so.6"]
+
+
+def test_directories_in_the_order_given(rootfs: Path) -> None:
+    """As ldconfig itself lists them: the linker takes the first."""
+    triplet = f"{os.uname().machine}-linux-gnu"
+    for name in ("opt/b", "opt/a"):
+        (rootfs / name).mkdir(parents=True)
+        shutil.copy(rootfs / "usr/lib" / triplet / "libm.so.6", rootfs / name / "libm.so.6")
+    assert run(rootfs, PROGRAM, "/opt/b", "/opt/a") == ""
+    command = [PROGRAM, "-p", "-C", str(rootfs / "etc/ld.so.cache")]
+    lines = subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()
+    paths = [line.partition(" => ")[2] for line in lines if line.strip().startswith("libm.so.6 ")]
+    assert paths[:2] == ["/opt/b/libm.so.6", "/opt/a/libm.so.6"]
+    assert len(paths) == 3
+
+
 @pytest.fixture(scope="module")
 def spy(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
     """(the program, a file of the host's that it looks for)."""
@@ -203,7 +241,7 @@ def test_program_is_confined(rootfs: Path, spy: tuple[str, Path], owner: tuple[i
         "env": "0",
         "fds": "0",
         "pid": "1",
-        "eth": "0",
+        "interfaces": "0",
         "memory": "1",
         "canary": "-1",
         "proc": "-1",

@@ -73,6 +73,10 @@ PATHS = {
     "self/x": errno.ELOOP,
     "a/b/file/x": errno.ENOTDIR,
     "a/b/file/..": errno.ENOTDIR,
+    "a/b/file/": errno.ENOTDIR,
+    "chain/": errno.ENOTDIR,
+    "fifo/": errno.ENOTDIR,
+    "a/up/": "a/b",
     "magic/etc/passwd": errno.ENOENT,
     "x" * 300: errno.ENAMETOOLONG,
 }
@@ -120,6 +124,77 @@ def test_open_not_following(tree: Path, monkeypatch: pytest.MonkeyPatch, by_hand
     assert caught.value.errno == errno.ELOOP
 
 
+FLAGS = {
+    "path": os.O_PATH,
+    "path-nofollow": os.O_PATH | os.O_NOFOLLOW,
+    "path-directory-nofollow": DIRECTORY | os.O_NOFOLLOW,
+    "read": os.O_RDONLY | os.O_NONBLOCK,
+    "read-nofollow": os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW,
+    "read-directory": os.O_RDONLY | os.O_DIRECTORY,
+}
+
+
+def _answer(root: Root, path: str, flags: int) -> tuple[int, ...]:
+    try:
+        fd = root.open(path, flags)
+    except OSError as error:
+        return (error.errno or 0,)
+    status = os.fstat(fd)
+    os.close(fd)
+    return status.st_dev, status.st_ino
+
+
+@pytest.mark.parametrize("flags", FLAGS.values(), ids=FLAGS)
+def test_both_ways_agree_on_flags(tree: Path, flags: int) -> None:
+    ways = [Root(os.open(tree, DIRECTORY)) for _ in range(2)]
+    ways[1]._openat2 = False
+    before = os.listdir("/proc/self/fd")
+    for path in (*PATHS, "fifo", "a/up", "loop/", "dangling/", "absolute/.", "dot/", "root/"):
+        assert _answer(ways[0], path, flags) == _answer(ways[1], path, flags), path
+    assert before == os.listdir("/proc/self/fd")
+
+
+@pytest.mark.parametrize("by_hand", [False, True], ids=["openat2", "by-hand"])
+def test_open_through_as_many_links_as_the_kernel_follows(tree: Path, by_hand: bool) -> None:
+    (tree / "link0").symlink_to("a/b/file")
+    for number in range(1, 41):
+        (tree / f"link{number}").symlink_to(f"link{number - 1}")
+    root = Root(os.open(tree, DIRECTORY))
+    root._openat2 = not by_hand
+    os.close(root.open("link39"))
+    with pytest.raises(OSError, match=r".") as caught:
+        root.open("link40")
+    assert caught.value.errno == errno.ELOOP
+
+
+def test_open_while_the_machine_is_busy(tree: Path) -> None:
+    """Any rename on the machine while the kernel takes a `..` makes it answer EAGAIN."""
+    root = Root(os.open(tree, DIRECTORY))
+    (tree.parent / "0").touch()
+    busy = os.fork()
+    if busy == 0:
+        while True:
+            os.rename(tree.parent / "0", tree.parent / "1")
+            os.rename(tree.parent / "1", tree.parent / "0")
+    try:
+        for _ in range(20000):
+            os.close(root.open("a/over"))
+    finally:
+        os.kill(busy, 9)
+        os.waitpid(busy, 0)
+    assert root._openat2
+
+
+@pytest.mark.root
+@pytest.mark.parametrize("by_hand", [False, True], ids=["openat2", "by-hand"])
+def test_read_of_a_device(tree: Path, by_hand: bool) -> None:
+    os.mknod(tree / "zero", stat.S_IFCHR | 0o666, os.makedev(1, 5))
+    root = Root(os.open(tree, DIRECTORY))
+    root._openat2 = not by_hand
+    with pytest.raises(OSError, match="not a regular file"):
+        root.read("zero", 9)
+
+
 @pytest.mark.parametrize("by_hand", [False, True], ids=["openat2", "by-hand"])
 def test_read(tree: Path, monkeypatch: pytest.MonkeyPatch, by_hand: bool) -> None:
     if by_hand:
@@ -132,8 +207,10 @@ def test_read(tree: Path, monkeypatch: pytest.MonkeyPatch, by_hand: bool) -> Non
         assert caught.value.errno in (expected, errno.EISDIR)
 
 
-def test_open_directory_makes_and_remembers(tree: Path) -> None:
+@pytest.mark.parametrize("by_hand", [False, True], ids=["openat2", "by-hand"])
+def test_open_directory_makes_and_remembers(tree: Path, by_hand: bool) -> None:
     root = Root(os.open(tree, DIRECTORY))
+    root._openat2 = not by_hand
     made: list[tuple[int, str]] = []
     fd = root.open_directory("/root/a/new/deep", made)
     assert os.path.samestat(os.fstat(fd), (tree / "a/new/deep").stat())
@@ -143,9 +220,23 @@ def test_open_directory_makes_and_remembers(tree: Path) -> None:
     assert not (tree / "a/new").exists()
 
 
-@pytest.mark.parametrize("path", ["/dangling/x", "/out/x", "/a/out/x", "/a/b/file/x", "/loop/x", "/fifo"])
-def test_open_directory_refuses(tree: Path, path: str) -> None:
+@pytest.mark.parametrize("mask", [0o000, 0o077])
+def test_open_directory_makes_what_everybody_may_enter(tree: Path, mask: int) -> None:
     root = Root(os.open(tree, DIRECTORY))
+    former = os.umask(mask)
+    try:
+        os.close(root.open_directory("/new/deep", []))
+        assert os.umask(mask) == mask
+    finally:
+        os.umask(former)
+    assert [stat.S_IMODE((tree / name).stat().st_mode) for name in ("new", "new/deep")] == [0o755, 0o755]
+
+
+@pytest.mark.parametrize("by_hand", [False, True], ids=["openat2", "by-hand"])
+@pytest.mark.parametrize("path", ["/dangling/x", "/out/x", "/a/out/x", "/a/b/file/x", "/loop/x", "/fifo"])
+def test_open_directory_refuses(tree: Path, path: str, by_hand: bool) -> None:
+    root = Root(os.open(tree, DIRECTORY))
+    root._openat2 = not by_hand
     made: list[tuple[int, str]] = []
     with pytest.raises(OSError, match=r"."):
         root.open_directory(path, made)

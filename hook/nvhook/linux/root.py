@@ -86,6 +86,7 @@ class Root:
             pass
         parent = self.open_directory(os.path.dirname(path.rstrip("/")), made)
         name = os.path.basename(path.rstrip("/"))
+        umask = os.umask(0o022)  # the engine's may be 077, and the container's other users have to come through
         try:
             os.mkdir(name, 0o755, dir_fd=parent)
         except FileExistsError:
@@ -94,6 +95,8 @@ class Root:
         except OSError:
             os.close(parent)
             raise
+        finally:
+            os.umask(umask)
         made.append((parent, name))
         return os.open(name, DIRECTORY | os.O_NOFOLLOW, dir_fd=parent)
 
