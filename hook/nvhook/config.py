@@ -12,8 +12,6 @@ import sys
 
 from .errors import ConfigError, reason
 
-DEFAULT_PATH = "/etc/nvidia-container-runtime/config.toml"
-
 CAPABILITIES = ("compat32", "compute", "display", "graphics", "ngx", "utility", "video")
 
 # Key -> default. The type of the default is the type that the value must have.

@@ -11,11 +11,6 @@ import os
 
 from .errors import DeviceError, reason
 
-# Character device names in /proc/devices; the control and GPU nodes share the first one's major.
-CONTROL_MAJOR = 195
-CONTROL_MINOR = 255
-MODESET_MINOR = 254
-
 _LOAD_HINT = "load it with `modprobe nvidia`, or install the NVIDIA driver on this host"
 
 

@@ -17,6 +17,11 @@ if TYPE_CHECKING:
     from .gpus import Gpu, Gpus
     from .request import Request
 
+# The GPU major is fixed by the kernel's list of devices, and so are these two minors of it by the driver.
+_MAJOR = 195
+_CONTROL_MINOR = 255
+_MODESET_MINOR = 254
+
 _READ_ONLY = ("ro", "nosuid", "nodev")
 
 # What a program may open by a name that is neither the file's nor its SONAME: SONAME -> that name, and its target.
@@ -60,9 +65,9 @@ def devices(request: Request, chosen: list[Gpu], gpus: Gpus) -> list[Device]:
     def node(name: str, major: int, minor: int) -> Device:
         return Device(f"/dev/{name}", major, minor, "rw", mode=mode, uid=uid, gid=gid)
 
-    control = gpus.majors.get("nvidia", gpus.majors.get("nvidia-frontend", 195))
+    control = gpus.majors.get("nvidia", gpus.majors.get("nvidia-frontend", _MAJOR))
     nodes = [node(f"nvidia{gpu.minor}", control, gpu.minor) for gpu in chosen]
-    nodes.append(node("nvidiactl", control, 255))
+    nodes.append(node("nvidiactl", control, _CONTROL_MINOR))
     if "compute" in request.capabilities or "video" in request.capabilities:
         major = gpus.majors.get("nvidia-uvm")
         if major is None:
@@ -74,7 +79,7 @@ def devices(request: Request, chosen: list[Gpu], gpus: Gpus) -> list[Device]:
     # Before driver 560 one name, nvidia-frontend, stands for all nodes of this major.
     modeset = gpus.majors.get("nvidia-modeset", gpus.majors.get("nvidia-frontend"))
     if "display" in request.capabilities and modeset is not None:
-        nodes.append(node("nvidia-modeset", modeset, 254))
+        nodes.append(node("nvidia-modeset", modeset, _MODESET_MINOR))
     return nodes
 
 
