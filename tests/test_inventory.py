@@ -393,6 +393,16 @@ def test_inventory_of_another_owner(place: Place) -> None:
     assert place.inventory.stat().st_uid == 0
 
 
+@pytest.mark.root
+def test_inventory_of_root_read_by_another(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rootless engine believes what the host's root found out, and needs no inventory of its own."""
+    place.load()
+    before = place.inventory.stat()
+    monkeypatch.setattr(os, "geteuid", lambda: 1)
+    assert [item.name for item in place.load().binaries] == ["nvidia-smi"]
+    assert place.inventory.stat() == before
+
+
 def test_inventory_that_is_a_link(place: Place) -> None:
     place.load()
     assert _is_cached(place)

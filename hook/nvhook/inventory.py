@@ -4,7 +4,7 @@
 Finding them is dear (discovery.py: every ELF file is opened) and the same for every container, so what was found is
 kept as `inventory.json` below the state directory. It is good exactly as long as what it was made from is the same:
 driver version, boot, linker cache, configuration. Whoever can write there decides what is mounted into containers, so a
-file that others than its owner may write is not believed.
+file that others than root and ourselves can have written is not believed.
 """
 
 from __future__ import annotations
@@ -104,7 +104,9 @@ def _read(path: str, origin: Json) -> Driver | None:
 
 
 def _is_ours(status: os.stat_result) -> bool:
-    return stat.S_ISREG(status.st_mode) and status.st_uid == os.geteuid() and not status.st_mode & 0o022
+    """Written by us or by root, and by nobody else; in a user namespace root is whoever owns `/`."""
+    writers = (os.geteuid(), 0, os.stat("/").st_uid)
+    return stat.S_ISREG(status.st_mode) and status.st_uid in writers and not status.st_mode & 0o022
 
 
 def _driver(inventory: Json) -> Driver:
