@@ -133,12 +133,6 @@ def test_load_does_not_parse(tmp_path: Path, text: str | bytes) -> None:
         pytest.param("swarm-resource = 'A, B,'", "swarm_resources", ("A", "B"), id="swarm-commas"),
         pytest.param("swarm-resource = ['A', 'B']", "swarm_resources", ("A", "B"), id="swarm-list"),
         pytest.param(
-            "accept-nvidia-visible-devices-envvar-when-unprivileged = false",
-            "accept_env_when_unprivileged",
-            False,
-            id="accept-env",
-        ),
-        pytest.param(
             "accept-nvidia-visible-devices-as-volume-mounts = true", "accept_volume_mounts", True, id="accept-mounts"
         ),
         pytest.param(
@@ -154,7 +148,6 @@ def test_load_does_not_parse(tmp_path: Path, text: str | bytes) -> None:
             id="capabilities-list",
         ),
         pytest.param("supported-driver-capabilities = 'all'", "supported_capabilities", ALL, id="capabilities-all"),
-        pytest.param("supported-driver-capabilities = ''", "supported_capabilities", (), id="capabilities-none"),
         pytest.param("nvidia-container-cli.root = '/r'", "driver_root", "/r", id="root"),
         pytest.param("nvidia-container-cli.root = ''", "driver_root", "/", id="root-empty"),
         pytest.param("nvidia-container-cli.ldcache = '/c'", "ldcache", "/c", id="ldcache"),
@@ -215,6 +208,12 @@ def test_load_wrong_type(tmp_path: Path, key: str, value: str, wanted: str) -> N
         ),
         pytest.param("nvidia-container-runtime.runtimes = []", "names no low-level runtime", id="no-runtimes"),
         pytest.param("nvhook.state-dir = 'run'", "must be an absolute path, not `run`", id="relative-state-dir"),
+        pytest.param("nvidia-container-cli.root = 'r'", "must be an absolute path, not `r`", id="relative-root"),
+        pytest.param(
+            "nvidia-container-runtime.runtimes = ['/x/nvidia-container-runtime', 'runc']",
+            "would start itself without end; name what it is to start",
+            id="runtime-is-ours",
+        ),
         pytest.param("nvhook.dev-root = ''", "must be an absolute path, not ``", id="empty-dev-root"),
         pytest.param("nvhook.proc-root = './x'", "must be an absolute path, not `./x`", id="relative-proc-root"),
         pytest.param(
@@ -309,11 +308,46 @@ def test_load_ldconfig_normalised(tmp_path: Path, files: list[str], value: str, 
             "`nvidia-container-runtime.mode` = `cdi` is not honoured by nvhook",
             id="mode",
         ),
+        pytest.param("nvidia-container-runtime.modes.jit-cdi.nvcdi-disable-hooks = []", "", id="jit-cdi-empty"),
+        pytest.param(
+            "nvidia-container-runtime.modes.jit-cdi.nvcdi-disable-hooks = ['chmod']",
+            "`nvidia-container-runtime.modes.jit-cdi.nvcdi-disable-hooks` is not honoured by nvhook",
+            id="jit-cdi-hooks",
+        ),
+        pytest.param(
+            "nvidia-container-runtime.modes.jit-cdi.nvcdi-feature-flags = ['x']",
+            "`nvidia-container-runtime.modes.jit-cdi.nvcdi-feature-flags` is not honoured by nvhook",
+            id="jit-cdi-flags",
+        ),
+        pytest.param(
+            "features.allow-ldconfig-from-container = 0",
+            "`features.allow-ldconfig-from-container` is not honoured by nvhook",
+            id="0-is-not-false",
+        ),
+        pytest.param(
+            "accept-nvidia-visible-devices-envvar-when-unprivileged = false",
+            "`accept-nvidia-visible-devices-envvar-when-unprivileged` is false and so is "
+            "`accept-nvidia-visible-devices-as-volume-mounts`: only by annotation can an unprivileged container "
+            "ask for GPUs; set one of them to true",
+            id="no-way-to-ask",
+        ),
+        pytest.param(
+            "supported-driver-capabilities = ''",
+            "`supported-driver-capabilities` is empty: no container gets a library of the driver; "
+            'name some, or write "all"',
+            id="capabilities-none",
+        ),
     ],
 )
 def test_load_warning(tmp_path: Path, text: str, warning: str) -> None:
     expected = [f"`{tmp_path / 'config.toml'}`: {warning}"] if warning else []
     assert _load(tmp_path, text).warnings == expected
+
+
+def test_load_only_mounts_ask(tmp_path: Path) -> None:
+    text = "accept-nvidia-visible-devices-envvar-when-unprivileged = false\n"
+    found = _load(tmp_path, text + "accept-nvidia-visible-devices-as-volume-mounts = true")
+    assert (found.accept_env_when_unprivileged, found.accept_volume_mounts, found.warnings) == (False, True, [])
 
 
 def test_load_file_of_nvidia_without_warnings(tmp_path: Path) -> None:

@@ -50,6 +50,14 @@ def test_installed_modules_have_bytecode_that_is_used(prefix: Path) -> None:
     assert before == sorted(library.rglob("*"))
 
 
+def test_config_check_of_what_is_installed(prefix: Path) -> None:
+    """With the schema and jsonschema that the installation carries."""
+    result = subprocess.run(
+        [str(prefix / "bin/nvhook"), "config", "check"], env={}, cwd="/", capture_output=True, text=True, check=False
+    )
+    assert (result.returncode, result.stdout, result.stderr) == (0, "ok\n", "")
+
+
 def test_hook_does_nothing_after_the_start(prefix: Path) -> None:
     for command in ("poststart", "poststop"):
         program = str(prefix / "bin/nvidia-container-runtime-hook")

@@ -596,6 +596,15 @@ def test_log_of_the_configuration_and_of_the_command_line(place: Place) -> None:
         assert "`features.allow-ldconfig-from-container` is not honoured by nvhook" in line
 
 
+@pytest.mark.parametrize(("level", "wanted"), [("debug", True), ("warning", True), ("error", False), ("panic", False)])
+def test_log_level_of_the_configuration(place: Place, level: str, wanted: bool) -> None:
+    log = place.directory / "log"
+    place.configure(f"nvidia-container-runtime.log-level = '{level}'\nfeatures.allow-ldconfig-from-container = true")
+    place.write(env=ALL)
+    place.create("--log", str(log))
+    assert log.exists() == wanted
+
+
 @pytest.mark.parametrize("log", ["/nonexistent/log", "/"])
 def test_log_that_cannot_be_written(place: Place, log: str) -> None:
     place.write(env={"NVIDIA_VISIBLE_DEVICES": "7"})

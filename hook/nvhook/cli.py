@@ -28,9 +28,14 @@ def main(arguments: list[str], default_config: str) -> int:
     if not hasattr(options, "command"):
         parser.print_help(sys.stderr)
         return 2
+    chosen = os.environ.get("NVHOOK_CONFIG")
+    if options.command is None:  # `config check`: what does not load is what it is for
+        from . import configcheck  # jsonschema, for this command alone
+
+        named = options.file or chosen
+        return configcheck.run(named or default_config, must_exist=bool(named))
     warnings: list[str] = []
     try:
-        chosen = os.environ.get("NVHOOK_CONFIG")
         config = configuration.load(chosen or default_config, must_exist=bool(chosen))
         warnings += config.warnings
         options.nvhook_config = chosen or default_config
@@ -70,6 +75,15 @@ def _parser() -> argparse.ArgumentParser:
     )
     configure.add_arguments(configuring)
     configuring.set_defaults(command=configure.run)
+    about_config = commands.add_parser("config", help="look at config.toml", description="Look at config.toml.")
+    actions = about_config.add_subparsers(title="actions", metavar="ACTION", required=True)
+    checking = actions.add_parser(
+        "check",
+        help="what is wrong in config.toml, line by line",
+        description="Print what is wrong in config.toml, line by line, or ok. Exit 1 if no container would start.",
+    )
+    checking.add_argument("file", metavar="FILE", nargs="?", default="", help="another file than the one in use")
+    checking.set_defaults(command=None)
     return parser
 
 

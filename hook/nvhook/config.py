@@ -47,6 +47,8 @@ _WITHOUT_EFFECT: dict[str, tuple[object, ...]] = {
     "nvidia-container-runtime.modes.cdi.default-kind": ("nvidia.com/gpu",),
     "nvidia-container-runtime.modes.cdi.annotation-prefixes": (["cdi.k8s.io/"],),
     "nvidia-container-runtime.modes.cdi.spec-dirs": (["/etc/cdi", "/var/run/cdi"],),
+    "nvidia-container-runtime.modes.jit-cdi.nvcdi-feature-flags": ([],),
+    "nvidia-container-runtime.modes.jit-cdi.nvcdi-disable-hooks": ([],),
     "nvidia-container-runtime.modes.legacy.cuda-compat-mode": ("ldconfig", "disabled"),
     "nvidia-container-runtime-hook.path": (
         "",
@@ -64,6 +66,9 @@ _WITHOUT_EFFECT: dict[str, tuple[object, ...]] = {
     "features.no-additional-gids-for-device-nodes": (False, True),
 }
 
+_MODE = "nvidia-container-runtime.mode"
+_ENVVAR = "accept-nvidia-visible-devices-envvar-when-unprivileged"
+_MOUNTS = "accept-nvidia-visible-devices-as-volume-mounts"
 _MODES = ("auto", "legacy", "cdi", "jit-cdi", "csv")
 _LOG_LEVELS = ("trace", "debug", "info", "warning", "warn", "error", "fatal", "panic")
 
@@ -144,25 +149,46 @@ def _parse(content: bytes, path: str) -> dict[str, object]:
 
 def _from_table(table: dict[str, object], path: str) -> Config:
     values = dict(_KEYS)
-    warnings = []
-    for key, value in _flatten(table, ""):
+    items = flatten(table, "")
+    for key, value in items:
         if key in _KEYS:
             values[key] = _checked(key, value, path)
-        elif key not in _WITHOUT_EFFECT:
-            warnings.append(f"`{path}`: unknown key `{key}` is ignored")
-        elif value not in _WITHOUT_EFFECT[key]:
-            warnings.append(f"`{path}`: `{key}` is not honoured by nvhook")
-    if values["nvidia-container-runtime.mode"] not in ("auto", "legacy"):
-        mode = values["nvidia-container-runtime.mode"]
-        warnings.append(f"`{path}`: `nvidia-container-runtime.mode` = `{mode}` is not honoured by nvhook")
-    return Config(values, path, warnings)
+    return Config(values, path, [f"`{path}`: {text}" for _, text in remarks(items, values)])
 
 
-def _flatten(table: dict[str, object], prefix: str) -> list[tuple[str, object]]:
+def remarks(items: list[tuple[str, object]], values: dict[str, object]) -> list[tuple[str, str]]:
+    """What does not stop a container but is hardly meant, as (key, what and the remedy).
+
+    `items` are the file's keys, `values` those that count.
+    """
+    found = []
+    for key, value in items:
+        if key not in _KEYS and key not in _WITHOUT_EFFECT:
+            found.append((key, f"unknown key `{key}` is ignored"))
+        elif key not in _KEYS and not any(
+            type(value) is type(usual) and value == usual for usual in _WITHOUT_EFFECT[key]
+        ):
+            found.append((key, f"`{key}` is not honoured by nvhook"))
+    mode = values[_MODE]
+    if mode not in ("auto", "legacy"):
+        found.append((_MODE, f"`{_MODE}` = `{mode}` is not honoured by nvhook"))
+    if not values[_ENVVAR] and not values[_MOUNTS]:
+        text = (
+            f"`{_ENVVAR}` is false and so is `{_MOUNTS}`: only by annotation can an unprivileged container ask for GPUs"
+        )
+        found.append((_ENVVAR, f"{text}; set one of them to true"))
+    if not _names(values["supported-driver-capabilities"]):
+        text = "`supported-driver-capabilities` is empty: no container gets a library of the driver"
+        found.append(("supported-driver-capabilities", f'{text}; name some, or write "all"'))
+    return found
+
+
+def flatten(table: dict[str, object], prefix: str) -> list[tuple[str, object]]:
+    """The keys of a table and of those in it, with dots, in the order of the file."""
     items: list[tuple[str, object]] = []
     for key, value in table.items():
         if isinstance(value, dict) and prefix + key not in _KEYS:
-            items += _flatten(value, f"{prefix}{key}.")
+            items += flatten(value, f"{prefix}{key}.")
         else:
             items.append((prefix + key, value))
     return items
@@ -179,11 +205,34 @@ def _checked(key: str, value: object, path: str) -> object:
     allowed = _ALLOWED.get(key)
     if allowed and value not in allowed:
         raise ConfigError(f"`{path}`: unknown value `{value}` for `{key}`", f"one of {', '.join(allowed)}")
-    if key.startswith("nvhook.") and not os.path.isabs(str(value)):
+    is_path = key.startswith("nvhook.") or (key == "nvidia-container-cli.root" and value)
+    if is_path and not os.path.isabs(str(value)):
         raise ConfigError(f"`{path}`: `{key}` must be an absolute path, not `{value}`")
-    if key == "nvidia-container-runtime.runtimes" and not any(_names(value)):
-        raise ConfigError(f"`{path}`: `{key}` names no low-level runtime", 'for example ["runc", "crun"]')
+    if key == "nvidia-container-runtime.runtimes":
+        names = _names(value)
+        if not names:
+            raise ConfigError(f"`{path}`: `{key}` names no low-level runtime", 'for example ["runc", "crun"]')
+        if any(os.path.basename(name) == "nvidia-container-runtime" for name in names):
+            raise ConfigError(
+                f"`{path}`: `{key}` names nvidia-container-runtime, which would start itself without end",
+                'name what it is to start, for example ["runc", "crun"]',
+            )
     return value
+
+
+def is_honoured(key: str) -> bool:
+    return key in _KEYS
+
+
+def refusal(key: str, value: object, path: str) -> ConfigError | None:
+    """Why a container start would stop at this one key of the file, or None."""
+    if key not in _KEYS:
+        return None
+    try:
+        Config({**_KEYS, key: _checked(key, value, path)}, path, [])
+    except ConfigError as error:
+        return error
+    return None
 
 
 _TYPES = {bool: "true or false", str: "a string", list: "a list of strings"}

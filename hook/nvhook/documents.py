@@ -117,9 +117,7 @@ class Toml(Document):
         try:
             return tomllib.loads(text)
         except tomllib.TOMLDecodeError as error:
-            why, at, place = str(error).rpartition(" (at ")
-            line, column = re.findall(r"\d+", place) or _end(text)
-            raise self._refuse(why if at else str(error), int(line), int(column)) from None
+            raise self._refuse(*fault(error, text)) from None
         except RecursionError:
             raise self._refuse("too deeply nested", 1, 1) from None
 
@@ -184,6 +182,13 @@ def _indent(table: Any) -> str:
         if trivia is not None and not isinstance(value, dict):
             return str(trivia.indent)
     return ""
+
+
+def fault(error: ValueError, text: str) -> tuple[str, int, int]:
+    """What is wrong with `text`, and in which line and column, by tomllib's error."""
+    why, at, place = str(error).rpartition(" (at ")
+    line, column = re.findall(r"\d+", place) or _end(text)
+    return why if at else str(error), int(line), int(column)
 
 
 def _end(text: str) -> tuple[str, str]:

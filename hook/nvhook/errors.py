@@ -35,8 +35,7 @@ class NvhookError(Exception):
         line = f"{self.stage} error: {self.message}"
         if self.hint:
             line += f"; {self.hint}"
-        # An image can put newlines and terminal escapes into the names we quote; the line stays one line.
-        return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
+        return one_line(line)
 
 
 class ConfigError(NvhookError):
@@ -77,6 +76,11 @@ class LdcacheError(NvhookError):
 
 class RuntimeLookupError(NvhookError):
     stage = "runtime"
+
+
+def one_line(text: str) -> str:
+    """An image can put newlines and terminal escapes into the names we quote; the line stays one line."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def reason(error: OSError) -> str:

@@ -36,7 +36,7 @@ def main(hook: str, config_path: str, candidates: str, runtime: str, arguments: 
     log = Log(arguments)
     try:
         config = _load(config_path)
-        log.also(config.log_file)
+        log.also(config.log_file, config.log_level)
         warnings += config.warnings
         if not runtime:
             raise RuntimeLookupError(
@@ -103,20 +103,23 @@ class Log:
     A log that cannot be written is no reason not to start a container, and there is nowhere to say so.
     """
 
-    __slots__ = ("_is_json", "_paths")
+    __slots__ = ("_is_json", "_is_quiet", "_paths")
 
     def __init__(self, arguments: list[str]) -> None:
         self._paths = [path for path in [_option(arguments, "log")] if path]
         self._is_json = _option(arguments, "log-format") == "json"
+        self._is_quiet = False
 
-    def also(self, path: str) -> None:
-        """`nvidia-container-runtime.debug` of config.toml."""
+    def also(self, path: str, level: str) -> None:
+        """`nvidia-container-runtime.debug` and `log-level` of config.toml; some levels want no warnings."""
+        self._is_quiet = level in ("error", "fatal", "panic")
         if path and path != "/dev/null":
             self._paths.append(path)
 
     def warn(self, warnings: list[str]) -> None:
         for warning in warnings:
-            self.write("warning", warning)
+            if not self._is_quiet:
+                self.write("warning", warning)
         warnings.clear()
 
     def write(self, level: str, message: str) -> None:
