@@ -298,6 +298,94 @@ def test_link_above_that_leads_inside_is_followed(place: Place) -> None:
     assert place.apply(place.mount(), after=lambda: _is(place, "/usr/lib/libx.so.1.2", "the driver's")) == ""
 
 
+IPC = ("nosuid", "nodev", "noexec")
+
+
+def test_mount_of_a_socket(place: Place) -> None:
+    """Writable, as connect() asks for; and the file that a first start left, or a dead socket, serves the second."""
+    source = place.directory / "socket"
+    _socket(source)
+
+    def look() -> None:
+        assert os.path.samestat(source.lstat(), (place.root / "run/daemon/socket").lstat())
+        assert {"rw", *IPC} <= place.mounts()["/run/daemon/socket"]
+
+    mount = Mount(str(source), "/run/daemon/socket", IPC, "socket")
+    assert place.apply(mount, after=look) == ""
+    assert stat.S_ISREG((place.root / "run/daemon/socket").lstat().st_mode)
+    assert place.apply(mount, after=look) == ""
+    (place.root / "run/daemon/socket").unlink()
+    _socket(place.root / "run/daemon/socket")
+    assert place.apply(mount, after=look) == ""
+
+
+def test_mount_of_a_directory(place: Place) -> None:
+    source = place.directory / "pipes"
+    source.mkdir()
+    _socket(source / "control")
+
+    def look() -> None:
+        assert os.listdir(place.root / "tmp/pipes") == ["control"]
+        assert {"rw", *IPC} <= place.mounts()["/tmp/pipes"]
+
+    mount = Mount(str(source), "/tmp/pipes", IPC, "directory")
+    assert place.apply(mount, after=look) == ""
+    assert os.listdir(place.root / "tmp/pipes") == []
+    assert place.apply(mount, after=look) == ""
+    before = tree(place.root)
+    assert place.apply(mount, _Broken()) == "mount error: broken"
+    assert before == tree(place.root)
+
+
+@pytest.mark.parametrize("what", ["socket", "directory"])
+def test_mount_of_what_a_volume_has_brought(place: Place, what: str) -> None:
+    """`-v /run:/run`: it is there already, and is not mounted a second time."""
+    there = place.root / "usr/there"
+    (_socket if what == "socket" else _directory)(there)
+
+    def look() -> None:
+        assert place.mounts() == {}
+
+    assert place.apply(Mount(str(there), "/usr/there", IPC, what), after=look) == ""
+
+
+def test_mount_of_a_directory_is_undone(place: Place) -> None:
+    before = tree(place.directory)
+    assert place.apply(Mount(str(place.canary), "/tmp/pipes", IPC, "directory"), _Broken()) == "mount error: broken"
+    assert before == tree(place.directory)
+
+
+@pytest.mark.parametrize(
+    ("what", "trap"),
+    [
+        *(("socket", trap) for trap in ("directory", "fifo", "device", "link")),
+        *(("directory", trap) for trap in ("socket", "fifo", "device", "file", "link")),
+    ],
+)
+def test_mount_of_a_socket_or_directory_on_something_else(place: Place, what: str, trap: str) -> None:
+    source = place.directory / "source"
+    (_socket if what == "socket" else _directory)(source)
+    target = place.root / "usr/here"
+    if trap == "link":
+        target.symlink_to(place.canary)
+    elif trap == "file":
+        target.touch()
+    else:
+        TRAPS[trap](target)
+    before = tree(place.directory)
+    line = place.apply(Mount(str(source), "/usr/here", IPC, what))
+    assert line.startswith(f"mount error: mount `{source}` on `/usr/here`: the image has a")
+    assert before == tree(place.directory)
+
+
+@pytest.mark.parametrize(("what", "now"), [("socket", "file"), ("directory", "file"), ("file", "socket")])
+def test_source_that_has_become_something_else(place: Place, what: str, now: str) -> None:
+    source = place.directory / "source"
+    source.touch() if now == "file" else _socket(source)
+    with pytest.raises(edits.SourceGone):
+        Mount(str(source), "/usr/here", IPC, what).prepare(config.load("/nonexistent"))
+
+
 def node() -> Device:
     return Device("/dev/nvidia0", 60, 7, "rw", mode=0o640, uid=3, gid=4)
 
@@ -440,6 +528,31 @@ def test_symlink_covers_with_a_file_only(place: Place, target: str) -> None:
     before = tree(place.directory)
     line = place.apply(Symlink(f"{LIBRARIES}/libx.so.1", "libx.so.1.2"))
     assert line.startswith(f"mount error: link `{LIBRARIES}/libx.so.1` to `libx.so.1.2`: ")
+    assert before == tree(place.directory)
+
+
+@pytest.mark.parametrize("above", ["lib64/gbm", "lib64/deep/gbm"])
+def test_symlink_to_the_directory_above_covers_a_file(place: Place, above: str) -> None:
+    """Its own directory may be a link: `..` is where the linker would find it, in the root."""
+    (place.root / "usr" / above).mkdir(parents=True)
+    if above != "lib64/gbm":
+        (place.root / "usr/lib64/gbm").symlink_to("deep/gbm")
+    backend = place.root / "usr/lib64/gbm/x_gbm.so"
+    backend.write_text("the image's own")
+    link = Symlink(f"{LIBRARIES}/gbm/x_gbm.so", "../libx.so.1.2")
+    library = os.path.normpath(f"/usr/{above}/../libx.so.1.2")
+    covered = place.apply(place.mount(library), link, after=lambda: _is(place, link.path, "the driver's"))
+    assert (covered, backend.read_text()) == ("", "the image's own")
+
+
+def test_symlink_to_above_the_root_covers_with_nothing_outside(place: Place) -> None:
+    """The directory is the root itself, beside which, outside, is a file of that name."""
+    (place.root / "usr/lib64").mkdir()
+    (place.root / "usr/lib64/gbm").symlink_to("/")
+    (place.root / "x_gbm.so").write_text("the image's own")
+    before = tree(place.directory)
+    line = place.apply(Symlink(f"{LIBRARIES}/gbm/x_gbm.so", f"../{place.source.name}"))
+    assert line.startswith(f"mount error: link `{LIBRARIES}/gbm/x_gbm.so` to `../{place.source.name}`: no such file")
     assert before == tree(place.directory)
 
 

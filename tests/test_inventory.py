@@ -107,7 +107,13 @@ def _record(found: Driver) -> Any:
     libraries = [
         (item.path, item.name, item.soname, item.bits, item.needed, item.capabilities) for item in found.libraries
     ]
-    return found.version, libraries, [(item.path, item.name, item.capability) for item in found.binaries]
+    binaries = [(item.path, item.name, item.capability) for item in found.binaries]
+    return (
+        found.version,
+        libraries,
+        binaries,
+        [(item.path, item.destination, item.capabilities) for item in found.files],
+    )
 
 
 def _is_cached(place: Place, version: str = V) -> bool:
@@ -123,13 +129,14 @@ def _is_cached(place: Place, version: str = V) -> bool:
 
 def test_discover_whole(place: Place) -> None:
     lib = place.root / LIB
-    expected = (
+    expected: Any = (
         V,
         [
             (f"{lib}/libcuda.so.{V}", f"libcuda.so.{V}", "libcuda.so.1", 64, (), ("compute", "video")),
             (f"{lib}/libnvidia-ml.so.{V}", f"libnvidia-ml.so.{V}", "libnvidia-ml.so.1", 64, (), ("utility",)),
         ],
         [(f"{place.root}/usr/bin/nvidia-smi", "nvidia-smi", "utility")],
+        [],
     )
     assert expected == _record(place.load())
 
@@ -231,6 +238,16 @@ def test_discover_link_that_leaves_the_root(place: Place) -> None:
     assert outside.name not in _names(place.load())
 
 
+def test_discover_library_with_a_version_of_its_own(place: Place) -> None:
+    """EGL's platforms: the one that its SONAME link leads to, not one that an older driver left."""
+    path = place.library("libnvidia-egl-gbm", version="1.1.2")
+    place.library("libnvidia-egl-gbm", version="1.1.1")
+    place.library("libnvidia-foo", version="1.1.1")
+    assert [(str(path), ("display", "graphics"))] == [
+        (item.path, item.capabilities) for item in place.load().libraries if item.name.endswith((".1.1.1", ".1.1.2"))
+    ]
+
+
 def test_discover_soname_that_is_a_hard_link(place: Place) -> None:
     """The other name comes first in the directory and is not of the driver's version; the file still is."""
     path = place.library("libnvidia-encode")
@@ -317,11 +334,26 @@ def test_discover_programs(place: Place) -> None:
 
 
 def test_inventory_is_believed(place: Place) -> None:
+    firmware = place.root / f"lib/firmware/nvidia/{V}/gsp_ga10x.bin"
+    firmware.parent.mkdir(parents=True)
+    firmware.touch()
     first = place.load()
+    assert len(first.files) == 1
     assert _record(first) == _record(place.load())
     assert os.listdir(place.state) == ["inventory.json"]
     assert place.inventory.stat().st_mode & 0o777 == 0o644
     assert _is_cached(place)
+
+
+def test_inventory_leaves_out_damaged_json_with_a_warning(place: Place) -> None:
+    """Said when the inventory is made, not at every start."""
+    broken = place.root / "etc/vulkan/icd.d/nvidia_icd.json"
+    broken.parent.mkdir(parents=True)
+    broken.write_text("{")
+    warnings: list[str] = []
+    assert inventory.load(place.config, V, warnings).files == []
+    assert [f"leave out `{broken}`: not JSON"] == [line.rpartition(": Expecting")[0] for line in warnings]
+    assert place.load().files == []
 
 
 def test_inventory_made_again_on_demand(place: Place) -> None:

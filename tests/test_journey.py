@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shutil
+import stat
 import subprocess
 import tempfile
 import time
@@ -342,6 +343,115 @@ def test_capability_compat32(shop: Workshop) -> None:
         "\tlibcuda.so.1 (libc6) => /usr/lib/i386-linux-gnu/libcuda.so.1",
         f"/usr/lib/i386-linux-gnu/libcuda.so.{VERSION}",
     ]
+
+
+# What goes with the libraries: files, sockets, DRI nodes
+
+WORKSTATION = "workstation"
+DRAWS = {**ALL, "NVIDIA_DRIVER_CAPABILITIES": "all"}
+
+
+def _is_there(edit: dict[str, str]) -> str:
+    """A line of shell that prints what is missing of an edit of `nvhook plan --json`."""
+    if edit["kind"] == "mount":
+        place = edit["destination"]
+        return f'grep -q " $(readlink -f {place}) " /proc/self/mountinfo || echo {place}'
+    if edit["kind"] == "symlink":
+        return f'[ "$(readlink {edit["path"]})" = {edit["target"]} ] && [ -e {edit["path"]} ] || echo {edit["path"]}'
+    if edit["kind"] == "device":
+        return f'[ "$(stat -c %t:%T {edit["path"]})" = {edit["major"]:x}:{edit["minor"]:x} ] || echo {edit["path"]}'
+    return "ldconfig -p | grep -q libGLX_nvidia.so.0 || echo ldcache"
+
+
+@needs_x86
+@pytest.mark.parametrize("family", ["debian", "fedora"])
+def test_workstation_whole(shop: Workshop, hierarchy: tuple[str, ...], family: str) -> None:
+    """Every line of the plan is true in the container, and nothing is left of it."""
+    bundle = shop.bundle(family)
+    bundle.through = hierarchy
+    words = [word for name, value in DRAWS.items() for word in ("--env", f"{name}={value}")]
+    planned = subprocess.run(
+        [str(containers.REPOSITORY / "scripts/nvhook"), "plan", "--json", "--rootfs", str(bundle.rootfs), *words],
+        env={**os.environ, "NVHOOK_CONFIG": str(shop.config(WORKSTATION))},
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    edits = json.loads(planned.stdout)["edits"]
+    assert len(edits) > 100
+    before = tree(bundle.rootfs)
+    shown = start(bundle, shop.config(WORKSTATION), "\n".join([*map(_is_there, edits), "nvidia-smi -L"]), DRAWS)
+    assert gpu_lines(WORKSTATION, 0) == shown
+    assert before == tree(bundle.rootfs)
+
+
+def test_dri_nodes_of_the_gpu_alone(shop: Workshop, hierarchy: tuple[str, ...]) -> None:
+    bundle = shop.bundle()
+    bundle.through = hierarchy
+    script = f"""{TRY}
+        ls /dev/dri /dev/dri/by-path; stat -L -c '%a %t:%T' /dev/dri/by-path/*-render
+        mknod /dev/dri/card0 c 226 0; mknod /dev/mine c 226 1
+        try /dev/dri/card1; try /dev/dri/renderD129; try /dev/mine; try /dev/dri/card0
+    """
+    shown = start(bundle, shop.config(WORKSTATION), script, {**ALL, "NVIDIA_DRIVER_CAPABILITIES": "graphics"})
+    assert shown.split("\n") == [
+        "/dev/dri:",
+        "by-path",
+        "card1",
+        "renderD129",
+        "",
+        "/dev/dri/by-path:",
+        "pci-0000:01:00.0-card",
+        "pci-0000:01:00.0-render",
+        "660 e2:81",
+        "/dev/dri/card1 open",
+        "/dev/dri/renderD129 open",
+        "/dev/mine open",
+        "/dev/dri/card0 denied",
+        "",
+    ]
+
+
+def test_dri_nodes_with_the_hook_alone(shop: Workshop, hierarchy: tuple[str, ...]) -> None:
+    bundle = shop.bundle()
+    bundle.through = hierarchy
+    put_hook(bundle, "--config", str(shop.config(WORKSTATION)))
+    script = f"{TRY} try /dev/dri/renderD129; mknod /dev/dri/card0 c 226 0; try /dev/dri/card0"
+    bundle.write(["/bin/sh", "-euc", script], {**ALL, "NVIDIA_DRIVER_CAPABILITIES": "graphics"})
+    result = bundle.run(None, wrapper=Path("runc"))
+    assert (result.returncode, result.stderr) == (0, "")
+    assert result.stdout == "/dev/dri/renderD129 open\n/dev/dri/card0 denied\n"
+
+
+def test_no_dri_nodes_for_who_does_not_draw(shop: Workshop) -> None:
+    assert start(shop.bundle(), shop.config(WORKSTATION), "[ -e /dev/dri ] || echo none", ALL) == "none\n"
+
+
+def test_daemons_sockets(shop: Workshop, hierarchy: tuple[str, ...]) -> None:
+    """They are live state: one that came after the inventory was made is there, and one that has gone is no error."""
+    host, config = shop.copy_of(A100)
+    script = "cd /run 2>/dev/null && stat -c '%F %n' nvidia-*/socket; ls -A /tmp/nvidia-mps; touch /tmp/nvidia-mps/x; :"
+    look = {**ALL, "NVIDIA_DRIVER_CAPABILITIES": "compute,utility"}
+
+    def shown() -> str:
+        bundle = shop.bundle().write(["/bin/sh", "-c", script], look)
+        bundle.through = hierarchy
+        result = bundle.run(config)
+        assert result.returncode == 0, result.stderr
+        return result.stdout
+
+    assert shown() == ""
+    pipes = host / "driver/tmp/nvidia-mps"
+    pipes.mkdir(parents=True)
+    os.mkfifo(pipes / "control")
+    for name in ("nvidia-persistenced", "nvidia-fabricmanager"):
+        (host / "driver/run" / name).mkdir(parents=True)
+        os.mknod(host / "driver/run" / name / "socket", stat.S_IFSOCK | 0o666)
+    expected = "socket nvidia-fabricmanager/socket\nsocket nvidia-persistenced/socket\ncontrol\n"
+    assert expected == shown()
+    assert sorted(os.listdir(pipes)) == ["control", "x"]
+    shutil.rmtree(host / "driver/run")
+    assert shown() == "control\nx\n"
 
 
 # How engines start it

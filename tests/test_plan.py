@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,12 @@ import pytest
 
 from nvhook import cli, plan
 from nvhook.container import Layout
-from nvhook.driver import Binary, Driver, Library
+from nvhook.dri import DriNode
+from nvhook.driver import Binary, Driver, File, Library
 from nvhook.errors import DeviceError, DriverError
 from nvhook.gpus import Gpu, Gpus
 from nvhook.request import Request
+from nvhook.sockets import Socket
 
 # A driver of a few files, made by hand
 
@@ -40,6 +43,19 @@ LIBRARIES = [
     _library("libnvidia-ml.so", "libnvidia-ml.so.1", "utility", 32),
 ]
 BINARIES = [Binary("/host/bin/smi-9.1", "nvidia-smi", "utility"), Binary("/host/bin/mps", "mps", "compute")]
+FILES = [
+    File("/host/x/libglxserver_nvidia.so.9.1", "/usr/lib/x/libglxserver_nvidia.so.9.1", ("display",)),
+    File("/host/share/icd.json", "/usr/share/icd.json", ("display", "graphics")),
+]
+SOCKETS = [
+    Socket("/host/run/p", "/run/p", "socket", ("utility",)),
+    Socket("/host/mps", "/tmp/mps", "directory", ("compute",)),
+]
+DRI = [
+    DriNode("card3", "card", 3, GPU0.pci, (0, 44, 0o660)),
+    DriNode("renderD130", "render", 130, GPU0.pci, (0, 105, 0o660)),
+    DriNode("card0", "card", 0, GPU1.pci, (0, 44, 0o660)),
+]
 
 
 def _gpus(majors: dict[str, int] | None = None) -> Gpus:
@@ -56,16 +72,18 @@ def _make(
 ) -> list[str]:
     """The plan, one line an edit, as short as it can be compared whole."""
     request = Request(("0",), tuple(capabilities.split()), (), "")
-    driver = Driver("9.1", LIBRARIES if libraries is None else libraries, BINARIES)
-    edits = plan.make(request, [GPU0] if chosen is None else chosen, _gpus(majors), driver, layout)
+    driver = Driver("9.1", LIBRARIES if libraries is None else libraries, BINARIES, FILES)
+    gpus = [GPU0] if chosen is None else chosen
+    edits = plan.make(request, gpus, _gpus(majors), driver, layout, dri_nodes=DRI, sockets=SOCKETS)
     return [_short(edit.describe()) for edit in edits]
 
 
 def _short(edit: dict[str, Any]) -> str:
     kind = edit.pop("kind")
     if kind == "mount":
-        assert edit.pop("options") == ["ro", "nosuid", "nodev"]
-        return "{source} > {destination}".format(**edit)
+        options = edit.pop("options")
+        assert options in (["ro", "nosuid", "nodev"], ["nosuid", "nodev", "noexec"])
+        return "{source} {arrow} {destination}".format(arrow=">" if "ro" in options else "<>", **edit)
     if kind == "device":
         assert edit.pop("type") == "c"
         return "{path} {major}:{minor} {access}".format(**edit)
@@ -78,6 +96,11 @@ def _short(edit: dict[str, Any]) -> str:
 CONTROL = "/dev/nvidiactl 195:255 rw"
 GPU = "/dev/nvidia1 195:1 rw"
 UVM = ["/dev/nvidia-uvm 511:0 rw", "/dev/nvidia-uvm-tools 511:1 rw"]
+DRI_LINKS = [
+    "/dev/dri/by-path/pci-0000:07:00.0-card -> ../card3",
+    "/dev/dri/by-path/pci-0000:07:00.0-render -> ../renderD130",
+]
+DRI_NODES = ["/dev/dri/card3 226:3 rw", "/dev/dri/renderD130 226:130 rw"]
 D64, D32 = DEBIAN.libraries, DEBIAN.libraries32
 
 
@@ -89,6 +112,7 @@ D64, D32 = DEBIAN.libraries, DEBIAN.libraries32
             [
                 f"/host/lib64/libnvidia-ml.so.9.1 > {D64}/libnvidia-ml.so.9.1",
                 "/host/bin/smi-9.1 > /usr/bin/nvidia-smi",
+                "/host/run/p <> /run/p",
                 f"{D64}/libnvidia-ml.so.1 -> libnvidia-ml.so.9.1",
                 GPU,
                 CONTROL,
@@ -101,6 +125,7 @@ D64, D32 = DEBIAN.libraries, DEBIAN.libraries32
             [
                 f"/host/lib64/libcuda.so.9.1 > {D64}/libcuda.so.9.1",
                 "/host/bin/mps > /usr/bin/mps",
+                "/host/mps <> /tmp/mps",
                 f"{D64}/libcuda.so.1 -> libcuda.so.9.1",
                 f"{D64}/libcuda.so -> libcuda.so.1",
                 GPU,
@@ -131,6 +156,7 @@ D64, D32 = DEBIAN.libraries, DEBIAN.libraries32
                 f"/host/lib64/libcuda.so.9.1 > {D64}/libcuda.so.9.1",
                 f"/host/lib32/libcuda.so.9.1 > {D32}/libcuda.so.9.1",
                 "/host/bin/mps > /usr/bin/mps",
+                "/host/mps <> /tmp/mps",
                 f"{D64}/libcuda.so.1 -> libcuda.so.9.1",
                 f"{D64}/libcuda.so -> libcuda.so.1",
                 f"{D32}/libcuda.so.1 -> libcuda.so.9.1",
@@ -148,10 +174,13 @@ D64, D32 = DEBIAN.libraries, DEBIAN.libraries32
                 f"/host/lib64/libGLX_nvidia.so.9.1 > {D64}/libGLX_nvidia.so.9.1",
                 f"/host/lib64/libnvidia-glcore.so.9.1 > {D64}/libnvidia-glcore.so.9.1",
                 f"/host/lib64/libnvidia-nosoname.so.9.1 > {D64}/libnvidia-nosoname.so.9.1",
+                "/host/share/icd.json > /usr/share/icd.json",
                 f"{D64}/libGLX_nvidia.so.0 -> libGLX_nvidia.so.9.1",
                 f"{D64}/libGLX_indirect.so.0 -> libGLX_nvidia.so.0",
+                *DRI_LINKS,
                 GPU,
                 CONTROL,
+                *DRI_NODES,
                 f"ldcache {D64}",
             ],
             id="graphics",
@@ -161,11 +190,16 @@ D64, D32 = DEBIAN.libraries, DEBIAN.libraries32
             [
                 f"/host/lib64/libGLX_nvidia.so.9.1 > {D64}/libGLX_nvidia.so.9.1",
                 f"/host/lib64/libnvidia-glcore.so.9.1 > {D64}/libnvidia-glcore.so.9.1",
+                "/host/x/libglxserver_nvidia.so.9.1 > /usr/lib/x/libglxserver_nvidia.so.9.1",
+                "/host/share/icd.json > /usr/share/icd.json",
                 f"{D64}/libGLX_nvidia.so.0 -> libGLX_nvidia.so.9.1",
                 f"{D64}/libGLX_indirect.so.0 -> libGLX_nvidia.so.0",
+                "/usr/lib/x/libglxserver_nvidia.so -> libglxserver_nvidia.so.9.1",
+                *DRI_LINKS,
                 GPU,
                 CONTROL,
                 "/dev/nvidia-modeset 195:254 rw",
+                *DRI_NODES,
                 f"ldcache {D64}",
             ],
             id="display",
@@ -184,6 +218,7 @@ def test_make_other_layout() -> None:
         "/host/lib64/libnvidia-ml.so.9.1 > /usr/lib64/libnvidia-ml.so.9.1",
         "/host/lib32/libnvidia-ml.so.9.1 > /usr/lib32/libnvidia-ml.so.9.1",
         "/host/bin/smi-9.1 > /usr/bin/nvidia-smi",
+        "/host/run/p <> /run/p",
         "/usr/lib64/libnvidia-ml.so.1 -> libnvidia-ml.so.9.1",
         "/usr/lib32/libnvidia-ml.so.1 -> libnvidia-ml.so.9.1",
         GPU,
@@ -223,6 +258,21 @@ def test_devices_have_the_owner_that_the_module_wants() -> None:
     assert nodes[0].rule() == {"allow": True, "type": "c", "major": 195, "minor": 1, "access": "rw"}
 
 
+@pytest.mark.parametrize(("capabilities", "links"), [("compute", 0), ("graphics", 1), ("compat32 display", 2)])
+def test_make_gbm_backend_for_who_draws(capabilities: str, links: int) -> None:
+    name, soname = "libnvidia-allocator.so", "libnvidia-allocator.so.1"
+    more = [_library(name, soname, "compute display graphics", bits) for bits in (64, 32)]
+    made = [line for line in _make(capabilities, libraries=[*LIBRARIES, *more]) if "gbm" in line]
+    expected = [f"{place}/gbm/nvidia-drm_gbm.so -> ../libnvidia-allocator.so.9.1" for place in (D64, D32)]
+    assert expected[:links] == made
+
+
+def test_devices_of_dri_have_the_hosts_owner() -> None:
+    nodes = plan.devices(Request(("0",), ("graphics",), (), ""), [GPU0], _gpus(), DRI)
+    expected = [("/dev/dri/card3", 0, 44, 0o660), ("/dev/dri/renderD130", 0, 105, 0o660)]
+    assert expected == [(node.path, node.uid, node.gid, node.mode) for node in nodes if "dri" in node.path]
+
+
 @pytest.mark.parametrize("capabilities", ["compute", "video"])
 def test_make_without_unified_memory(capabilities: str) -> None:
     with pytest.raises(DeviceError, match="nvidia-uvm kernel module is not loaded; load it with `"):
@@ -250,7 +300,7 @@ def test_make_without_indispensable_library(capabilities: str, soname: str) -> N
 
 # Simulated hosts, through `nvhook plan --json`
 
-HOSTS = {"h200": "580.159.04", "a100x2": "550.163.01", "h100x8": "570.133.20"}
+HOSTS = {"h200": "580.159.04", "a100x2": "550.163.01", "h100x8": "570.133.20", "workstation": "535.247.01"}
 KEYS = {
     "mount": ["kind", "source", "destination", "options"],
     "device": ["kind", "path", "type", "major", "minor", "access"],
@@ -273,11 +323,11 @@ def rootfs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run(simhost: Callable[[str], Path], rootfs: Path, capfd: pytest.CaptureFixture[str]) -> Callable[..., str]:
     """`nvhook plan --json` on a simulated host, with these variables in the image; what it prints."""
 
-    def run(host: str, env: dict[str, str], *, expected: int = 0) -> str:
+    def run(host: str, env: dict[str, str], *, expected: int = 0, form: tuple[str, ...] = ("--json",)) -> str:
         assert "NVHOOK_CONFIG" not in os.environ
         words = [word for name, value in env.items() for word in ("--env", f"{name}={value}")]
         config = simhost(host) / "config.toml"
-        assert cli.main(["plan", "--rootfs", str(rootfs), "--json", *words], str(config)) == expected
+        assert cli.main(["plan", "--rootfs", str(rootfs), *form, *words], str(config)) == expected
         printed = capfd.readouterr()
         assert bool(printed.err) == bool(expected)
         return printed.out or printed.err
@@ -320,21 +370,23 @@ def test_plan_is_of_this_host(planned: Plan, simhost: Callable[[str], Path], hos
     there = set()
     for mount in _of(document, "mount"):
         source = Path(mount["source"])
-        assert source.is_file()
+        assert source.is_socket() if "run" in source.parts else source.is_file()
         assert source == source.resolve()
         assert source.is_relative_to(root / "driver")
-        assert source.name.endswith(f".so.{HOSTS[host]}") or os.access(source, os.X_OK)
+        if ".so." in source.name:
+            assert source.name.endswith(f".so.{HOSTS[host]}") or source.name.startswith("libnvidia-egl-")
         assert mount["destination"] not in there
         there.add(mount["destination"])
     for link in _of(document, "symlink"):
         assert link["path"] not in there
-        assert os.path.join(os.path.dirname(link["path"]), link["target"]) in there
+        target = os.path.normpath(os.path.join(os.path.dirname(link["path"]), link["target"]))
+        assert target in there or target.startswith("/dev/dri/")
         there.add(link["path"])
     for node in _of(document, "device"):
         status = (root / node["path"].lstrip("/")).stat()
         assert status.st_rdev == os.makedev(node["major"], node["minor"])
     (ldcache,) = _of(document, "ldcache")
-    libraries = [os.path.dirname(path) for path in there if ".so" in path]
+    libraries = [os.path.dirname(path) for path in there if re.search(r"/lib(?!glx)[^/]*\.so\.", path)]
     assert sorted(set(libraries)) == sorted(ldcache["directories"])
 
 
@@ -358,6 +410,7 @@ def test_plan_utility_whole(planned: Plan, simhost: Callable[[str], Path]) -> No
     def device(name: str, minor: int) -> dict[str, Any]:
         return {"kind": "device", "path": f"/dev/{name}", "type": "c", "major": 195, "minor": minor, "access": "rw"}
 
+    gsp = "nvidia/580.159.04"
     cfg, ml = "libnvidia-cfg.so.580.159.04", "libnvidia-ml.so.580.159.04"
     expected = {
         "request": {"devices": ["0"], "capabilities": ["utility"], "requirements": []},
@@ -371,6 +424,8 @@ def test_plan_utility_whole(planned: Plan, simhost: Callable[[str], Path]) -> No
             mount("bin/nvidia-smi", "/usr/bin/nvidia-smi"),
             mount("bin/nvidia-debugdump", "/usr/bin/nvidia-debugdump"),
             mount("bin/nvidia-persistenced", "/usr/bin/nvidia-persistenced"),
+            mount(f"firmware/{gsp}/gsp_ga10x.bin", f"/lib/firmware/{gsp}/gsp_ga10x.bin"),
+            mount(f"firmware/{gsp}/gsp_tu10x.bin", f"/lib/firmware/{gsp}/gsp_tu10x.bin"),
             {"kind": "symlink", "path": f"{lib}/libnvidia-cfg.so.1", "target": cfg},
             {"kind": "symlink", "path": f"{lib}/libnvidia-ml.so.1", "target": ml},
             device("nvidia0", 0),
@@ -379,6 +434,15 @@ def test_plan_utility_whole(planned: Plan, simhost: Callable[[str], Path]) -> No
         ],
     }
     assert expected == planned("h200", "0", "utility")
+
+
+@pytest.mark.root
+def test_plan_whole(run: Callable[..., str], simhost: Callable[[str], Path]) -> None:
+    """Everything that a workstation has for a container that asks for all, against a table for people."""
+    env = {"NVIDIA_VISIBLE_DEVICES": "all", "NVIDIA_DRIVER_CAPABILITIES": "all"}
+    made = run("workstation", env, form=()).replace(f"{simhost('workstation')}/driver/", "HOST/")
+    table = (Path(__file__).parent / "hosts/workstation-debian12.plan").read_text()
+    assert [line.split() for line in table.splitlines()] == [line.split() for line in made.splitlines()]
 
 
 @pytest.mark.root

@@ -74,7 +74,7 @@ def _host(name: str) -> dict[str, Any]:
 
 
 def _nvidia_smi(host: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    program = next((host / "driver").rglob("nvidia-smi"))
+    program = next(path for path in (host / "driver").rglob("nvidia-smi") if not path.is_symlink())
     # The dynamic linker passes over libraries of another class, so the 32-bit ones may come along.
     libraries = {str(path.parent) for path in (host / "driver").rglob("libnvidia-ml.so.1")}
     settings = {"NVHOOK_SIM_DEV": str(host / "dev"), "LD_LIBRARY_PATH": ":".join(sorted(libraries))}
@@ -107,7 +107,8 @@ def test_description_agrees_with_itself(path: Path) -> None:
     assert {f"/dev/nvidia{gpu['minor']}" for gpu in host["gpus"]} <= nodes
     buses = [gpu["pci_bus_id"] for gpu in sorted(host["gpus"], key=lambda gpu: int(gpu["index"]))]
     assert sorted(buses) == buses
-    majors = {int(line.split()[0]) for line in re.findall(r"^ *\d+ .*nvidia.*$", host["proc"]["/proc/devices"], re.M)}
+    lines = re.findall(r"^ *\d+ .*(?:nvidia|drm).*$", host["proc"]["/proc/devices"], re.M)
+    majors = {int(line.split()[0]) for line in lines}
     assert {node["major"] for node in host["device_nodes"]} <= majors
     assert bool(host["driver_version"]) == any("libcuda.so" in entry["path"] for entry in host["files"])
 
@@ -119,6 +120,7 @@ BROKEN = {
     "path-with-dots": ({"files": [{"path": "/usr/../../x", "type": "file"}]}, "not a plain absolute path"),
     "path-twice": ({"files": [{"path": "/x", "type": "file"}] * 2}, "`/x` is named twice"),
     "proc-elsewhere": ({"proc": {"/etc/passwd": ""}}, "not a plain path below /proc"),
+    "sys-elsewhere": ({"sys": {"/sys/../etc/passwd": ""}}, "not a plain path below /sys"),
 }
 
 
@@ -306,7 +308,7 @@ def test_build_nodes_are_as_described(name: str, built: dict[str, Path]) -> None
 @pytest.mark.root
 @pytest.mark.parametrize("name", IDS)
 def test_build_proc_is_as_described(name: str, built: dict[str, Path]) -> None:
-    for path, text in _host(name)["proc"].items():
+    for path, text in {**_host(name)["proc"], **_host(name).get("sys", {})}.items():
         assert text.encode() == Path(f"{built[name]}{path}").read_bytes()
     boot_ids = {(host / "proc/sys/kernel/random/boot_id").read_text() for host in built.values()}
     assert len(built) == len(boot_ids)

@@ -10,7 +10,7 @@ import os
 import sys
 
 from . import config as configuration
-from . import configure, container, gpus, inventory, plan, request, requirements, spec
+from . import configure, container, dri, gpus, inventory, plan, request, requirements, sockets, spec
 from .errors import NvhookError, SpecError, reason
 from .linux.root import DIRECTORY, Root
 from .version import VERSION
@@ -98,7 +98,15 @@ def _plan(options: argparse.Namespace, config: Config, warnings: list[str]) -> N
     chosen = gpus.select(asked.devices, host.gpus)
     requirements.check(asked.requirements, requirements.facts_of(host.driver_version))
     found = inventory.load(config, host.driver_version, warnings, keep=False)
-    edits = plan.make(asked, chosen, host, found, container.layout(_root(described.rootfs)))
+    edits = plan.make(
+        asked,
+        chosen,
+        host,
+        found,
+        container.layout(_root(described.rootfs)),
+        dri_nodes=dri.find(config, asked, chosen),
+        sockets=sockets.find(config.driver_root),
+    )
     document = {
         "request": asked.describe(),
         "driver": {"version": found.version},

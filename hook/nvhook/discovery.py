@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 import stat
 
+from . import datafiles
 from .driver import Binary, Driver, Library
 from .errors import DriverError, reason
 from .linux import elf, ldcache
@@ -35,6 +36,14 @@ _COMPUTE = (
     "libnvidia-nvvm70.so",
     "libnvidia-tileiras.so",
 )
+# The platforms of EGL have version numbers of their own: what their SONAME link leads to is the driver's.
+_OWN_VERSIONS = (
+    "libnvidia-egl-gbm.so",
+    "libnvidia-egl-wayland.so",
+    "libnvidia-egl-wayland2.so",
+    "libnvidia-egl-xcb.so",
+    "libnvidia-egl-xlib.so",
+)
 _GRAPHICS = (
     "libnvidia-eglcore.so",
     "libnvidia-glcore.so",
@@ -50,6 +59,8 @@ _GRAPHICS = (
     "libGLESv1_CM_nvidia.so",
     "libnvidia-glvkspirv.so",
     "libnvidia-cbl.so",
+    "libnvidia-allocator.so",
+    *_OWN_VERSIONS,
 )
 # Capability -> the libraries it begins with, named up to and including `.so`. Video decodes into CUDA memory.
 SEEDS: dict[str, tuple[str, ...]] = {
@@ -118,8 +129,11 @@ _PROGRAM_DIRECTORIES = (
 _SUBDIRECTORIES = ("", "vdpau", "tls")
 
 
-def discover(driver_root: str, ldcache_path: str, version: str) -> Driver:
-    """The driver `version` below `driver_root`. DriverError when there is none, naming the versions that are there."""
+def discover(driver_root: str, ldcache_path: str, version: str, warnings: list[str]) -> Driver:
+    """The driver `version` below `driver_root`. DriverError when there is none, naming the versions that are there.
+
+    A file that goes with the libraries and is damaged is left out; `warnings` name it.
+    """
     try:
         root = Root(os.open(driver_root, DIRECTORY))
     except OSError as error:
@@ -132,7 +146,8 @@ def discover(driver_root: str, ldcache_path: str, version: str) -> Driver:
     libraries, others = _libraries(root, directories, version)
     if not any(item.soname in ("libcuda.so.1", "libnvidia-ml.so.1") for item in libraries):
         raise _not_found(driver_root, version, others, directories)
-    return Driver(version, _with_capabilities(libraries), _binaries(root, directories))
+    files = datafiles.find(root, directories, version, warnings)
+    return Driver(version, _with_capabilities(libraries), _binaries(root, directories), files)
 
 
 def _not_found(driver_root: str, version: str, others: set[str], directories: list[str]) -> DriverError:
@@ -240,7 +255,7 @@ def _examine(root: Root, path: str, version: str, seen: set[tuple[int, int]]) ->
         real = os.readlink(f"/proc/self/fd/{fd}")
         if not stat.S_ISREG(status.st_mode) or (status.st_dev, status.st_ino) in seen:
             return None, False
-        if not real.endswith(f".so.{version}"):
+        if not real.endswith(f".so.{version}") and _stem(os.path.basename(real)) not in _OWN_VERSIONS:
             return None, False
         seen.add((status.st_dev, status.st_ino))
         header = _read_elf(fd, real)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The host's driver as files: its libraries and programs, and which driver capabilities each belongs to.
+"""The host's driver as files: its libraries, its programs, what goes with them, and which capabilities each belongs to.
 
-The records alone. discovery.py makes them from the files of the host, inventory.py keeps them.
+The records alone. discovery.py and datafiles.py make them from the files of the host, inventory.py keeps them.
 """
 
 from __future__ import annotations
@@ -45,12 +45,24 @@ class Binary:
         self.capability = capability
 
 
+class File:
+    """`path` on the host, without links; `destination` in the container, whatever its family."""
+
+    __slots__ = ("capabilities", "destination", "path")
+
+    def __init__(self, path: str, destination: str, capabilities: tuple[str, ...]) -> None:
+        self.path = path
+        self.destination = destination
+        self.capabilities = capabilities
+
+
 class Driver:
-    """Libraries and programs of one driver version, each list in a fixed order."""
+    """Libraries, programs and other files of one driver version, each list in a fixed order."""
 
-    __slots__ = ("binaries", "libraries", "version")
+    __slots__ = ("binaries", "files", "libraries", "version")
 
-    def __init__(self, version: str, libraries: list[Library], binaries: list[Binary]) -> None:
+    def __init__(self, version: str, libraries: list[Library], binaries: list[Binary], files: list[File]) -> None:
         self.version = version
         self.libraries = libraries
         self.binaries = binaries
+        self.files = files

@@ -17,6 +17,7 @@ import stat
 from . import leftovers
 from .errors import LdcacheError, MountError, reason
 from .linux import bind, ldconfig
+from .linux.root import DIRECTORY
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -80,9 +81,14 @@ class Edit:
             for count in range(len(above) - len(made), len(above)):
                 self.traces.append({"kind": "directory", "path": "/".join(above[: count + 1])})
 
-    def _create(self, parent: int, path: str) -> None:
-        """An empty file to mount onto."""
+    def _create(self, parent: int, path: str, *, directory: bool = False) -> None:
+        """An empty file, or directory, to mount onto."""
         name = os.path.basename(path)
+        if directory:
+            os.mkdir(name, 0o755, dir_fd=parent)
+            self._undo.append(_remover(os.rmdir, parent, name))
+            self.traces.append({"kind": "directory", "path": path})
+            return
         flags = os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_WRONLY | os.O_CLOEXEC
         os.close(os.open(name, flags, 0o644, dir_fd=parent))
         self._undo.append(_remover(os.unlink, parent, name))
@@ -132,17 +138,26 @@ def _kind_of(status: os.stat_result) -> str:
     return names[stat.S_IFMT(status.st_mode)]
 
 
-class Mount(Edit):
-    """A file of the host bound read-only into the container. `source` is an absolute path without links."""
+# What a mount's source may be -> its type, and those that may be in its place in the container.
+_MOUNTABLE = {
+    "file": (stat.S_IFREG, (stat.S_IFREG,)),
+    "socket": (stat.S_IFSOCK, (stat.S_IFREG, stat.S_IFSOCK)),
+    "directory": (stat.S_IFDIR, (stat.S_IFDIR,)),
+}
 
-    __slots__ = ("_source", "destination", "options", "source")
+
+class Mount(Edit):
+    """A file, socket or directory (`what`) of the host, bound; `source` is an absolute path without links."""
+
+    __slots__ = ("_source", "destination", "options", "source", "what")
     kind = "mount"
 
-    def __init__(self, source: str, destination: str, options: tuple[str, ...]) -> None:
+    def __init__(self, source: str, destination: str, options: tuple[str, ...], what: str = "file") -> None:
         super().__init__()
         self.source = source
         self.destination = destination
         self.options = options
+        self.what = what
         self._source: bind.Source | None = None
 
     def describe(self) -> dict[str, object]:
@@ -156,7 +171,7 @@ class Mount(Edit):
     def prepare(self, config: Config) -> None:  # noqa: ARG002 - its path is whole
         try:
             self._source = bind.Source(self.source, self.options)
-            if not stat.S_ISREG(os.fstat(self._source.fd).st_mode):
+            if stat.S_IFMT(os.fstat(self._source.fd).st_mode) != _MOUNTABLE[self.what][0]:
                 raise SourceGone(self.source)
             self._source.clone()
         except (FileNotFoundError, NotADirectoryError):
@@ -171,9 +186,11 @@ class Mount(Edit):
             try:
                 status = _look(parent, name)
                 if status is None:
-                    self._create(parent, self.destination)
-                elif not stat.S_ISREG(status.st_mode):
+                    self._create(parent, self.destination, directory=self.what == "directory")
+                elif stat.S_IFMT(status.st_mode) not in _MOUNTABLE[self.what][1]:
                     raise OSError(errno.EEXIST, f"the image has {_kind_of(status)} there")
+                elif self.what != "file" and os.path.samestat(status, os.fstat(self._source.fd)):
+                    return  # a volume of the container's own brings it
                 self._attach(container, self._source, parent, name)
             finally:
                 os.close(parent)
@@ -277,7 +294,7 @@ class Device(Edit):
 
 
 class Symlink(Edit):
-    """A link beside a mounted library. `target` is the name of a file in the same directory."""
+    """A link to what was mounted or made. `target` is relative to the directory of `path`."""
 
     __slots__ = ("path", "target")
     kind = "symlink"
@@ -344,15 +361,20 @@ class Symlink(Edit):
 
     def _cover(self, container: Container, parent: int, name: str) -> None:
         """The image's own file stays as it is below the mount: it may be in a layer that others share."""
-        path = f"/proc/self/fd/{parent}/{self.target}"
-        source = bind.Source(path, ("ro", "nosuid", "nodev"))
+        beside, file = os.path.split(self.target)
+        # A `..` counts from where the directory really is, and ends at the container's root.
+        directory = container.root.open(os.path.join(os.path.dirname(self.path), beside), DIRECTORY)
         try:
-            if not stat.S_ISREG(os.fstat(source.fd).st_mode):
-                raise OSError(errno.EEXIST, f"`{self.target}` beside it is no regular file")
-            source.clone()
-            self._attach(container, source, parent, name)
+            source = bind.Source(f"/proc/self/fd/{directory}/{file}", ("ro", "nosuid", "nodev"))
+            try:
+                if not stat.S_ISREG(os.fstat(source.fd).st_mode):
+                    raise OSError(errno.EEXIST, f"`{self.target}` beside it is no regular file")
+                source.clone()
+                self._attach(container, source, parent, name)
+            finally:
+                source.close()
         finally:
-            source.close()
+            os.close(directory)
 
 
 class Ldcache(Edit):

@@ -14,11 +14,11 @@ import os
 import stat
 
 from .config import Config
-from .driver import Binary, Driver, Library
+from .driver import Binary, Driver, File, Library
 from .errors import reason
 
 _NAME = "inventory.json"
-_FORMAT = 1
+_FORMAT = 2
 _MAX_SIZE = 4 << 20
 
 TYPE_CHECKING = False
@@ -44,7 +44,7 @@ def load(config: Config, version: str, warnings: list[str], *, again: bool = Fal
             return driver
     from . import discovery  # pyelftools and what it brings, once per driver
 
-    driver = discovery.discover(config.driver_root, config.ldcache, version)
+    driver = discovery.discover(config.driver_root, config.ldcache, version, warnings)
     if not keep:
         return driver
     try:
@@ -117,6 +117,7 @@ def _driver(inventory: Json) -> Driver:
             for item in inventory["libraries"]
         ],
         [Binary(item["path"], item["name"], item["capability"]) for item in inventory["binaries"]],
+        [File(item["path"], item["destination"], tuple(item["capabilities"])) for item in inventory["files"]],
     )
 
 
@@ -134,6 +135,10 @@ def _write(path: str, origin: Json, driver: Driver) -> None:
             for item in driver.libraries
         ],
         "binaries": [{"path": item.path, "name": item.name, "capability": item.capability} for item in driver.binaries],
+        "files": [
+            {"path": item.path, "destination": item.destination, "capabilities": item.capabilities}
+            for item in driver.files
+        ],
     }
     os.makedirs(os.path.dirname(path), mode=0o755, exist_ok=True)
     # Several containers may start at once with no inventory yet: each writes its own file, the last one stays.

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """From what is asked for and what there is to a list of edits. Pure: no file is looked at, nothing is changed.
 
-The order of the list is the order of application: libraries and binaries, the links to them, device nodes, and the
-linker cache last, when everything it shall list is in place. Two runs on one host give the same list.
+The order of the list is the order of application: libraries, binaries, other files of the driver and sockets, the links
+to them, device nodes, and the linker cache last, when everything it shall list is in place. Two runs on one host give
+the same list.
 """
 
 from __future__ import annotations
@@ -12,10 +13,14 @@ from .errors import DeviceError, DriverError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from .container import Layout
+    from .dri import DriNode
     from .driver import Driver, Library
     from .gpus import Gpu, Gpus
     from .request import Request
+    from .sockets import Socket
 
 # The GPU major is fixed by the kernel's list of devices, and so are these two minors of it by the driver.
 _MAJOR = 195
@@ -23,6 +28,7 @@ _CONTROL_MINOR = 255
 _MODESET_MINOR = 254
 
 _READ_ONLY = ("ro", "nosuid", "nodev")
+_WRITABLE = ("nosuid", "nodev", "noexec")
 
 # What a program may open by a name that is neither the file's nor its SONAME: SONAME -> that name, and its target.
 _FURTHER_LINKS = {
@@ -31,13 +37,30 @@ _FURTHER_LINKS = {
     "libGLX_nvidia.so.0": ("libGLX_indirect.so.0", "libGLX_nvidia.so.0"),
 }
 
+# What libgbm opens for the kernel module nvidia-drm, below the directory of this library.
+_GBM_LIBRARY = "libnvidia-allocator.so.1"
+_GBM_BACKEND = "gbm/nvidia-drm_gbm.so"
+
 # Without these the capability is not there at all; the libraries of the others differ from driver to driver.
 _INDISPENSABLE = {"compute": "libcuda.so.1", "utility": "libnvidia-ml.so.1"}
 
 
-def make(request: Request, chosen: list[Gpu], gpus: Gpus, driver: Driver, layout: Layout) -> list[Edit]:
-    """The edits for a container of this `layout`. DriverError or DeviceError where the host lacks a part."""
+def make(
+    request: Request,
+    chosen: list[Gpu],
+    gpus: Gpus,
+    driver: Driver,
+    layout: Layout,
+    *,
+    dri_nodes: Sequence[DriNode] = (),
+    sockets: Sequence[Socket] = (),
+) -> list[Edit]:
+    """The edits for a container of this `layout`. DriverError or DeviceError where the host lacks a part.
+
+    `dri_nodes` and `sockets` are what the host has at this moment: dri.find(), sockets.find().
+    """
     libraries = _libraries(request, driver)
+    asked = set(request.capabilities)
     edits: list[Edit] = []
     directories = []
     for library in libraries:
@@ -50,16 +73,32 @@ def make(request: Request, chosen: list[Gpu], gpus: Gpus, driver: Driver, layout
         for binary in driver.binaries
         if binary.capability in request.capabilities
     ]
+    files = [item for item in driver.files if asked & set(item.capabilities)]
+    edits += [Mount(item.path, item.destination, _READ_ONLY) for item in files]
+    edits += [
+        Mount(item.path, item.destination, _WRITABLE, item.what) for item in sockets if asked & set(item.capabilities)
+    ]
     for library in libraries:
         edits += _links(library, layout.libraries if library.bits == 64 else layout.libraries32)
-    edits += devices(request, chosen, gpus)
+        if library.soname == _GBM_LIBRARY and asked & {"display", "graphics"}:
+            directory = layout.libraries if library.bits == 64 else layout.libraries32
+            edits.append(Symlink(f"{directory}/{_GBM_BACKEND}", f"../{library.name}"))
+    # The X server opens its module by a name without the version.
+    edits += [
+        Symlink(item.destination.removesuffix(f".{driver.version}"), item.destination.rpartition("/")[2])
+        for item in files
+        if item.destination.endswith(f".so.{driver.version}")
+    ]
+    for node in _dri_nodes(request, chosen, dri_nodes):
+        edits.append(Symlink(f"/dev/dri/by-path/pci-{node.pci}-{node.role}", f"../{node.name}"))
+    edits += devices(request, chosen, gpus, dri_nodes)
     if directories:
         edits.append(Ldcache(tuple(directories)))
     return edits
 
 
-def devices(request: Request, chosen: list[Gpu], gpus: Gpus) -> list[Device]:
-    """The device nodes: control, unified memory and mode setting as the capabilities say, one for each GPU."""
+def devices(request: Request, chosen: list[Gpu], gpus: Gpus, dri_nodes: Sequence[DriNode] = ()) -> list[Device]:
+    """The device nodes: control, unified memory, mode setting and DRI as the capabilities say, one for each GPU."""
     uid, gid, mode = gpus.node_owner
 
     def node(name: str, major: int, minor: int) -> Device:
@@ -80,7 +119,17 @@ def devices(request: Request, chosen: list[Gpu], gpus: Gpus) -> list[Device]:
     modeset = gpus.majors.get("nvidia-modeset", gpus.majors.get("nvidia-frontend"))
     if "display" in request.capabilities and modeset is not None:
         nodes.append(node("nvidia-modeset", modeset, _MODESET_MINOR))
+    for item in _dri_nodes(request, chosen, dri_nodes):
+        owner, group, bits = item.owner
+        nodes.append(Device(f"/dev/dri/{item.name}", item.major, item.minor, "rw", mode=bits, uid=owner, gid=group))
     return nodes
+
+
+def _dri_nodes(request: Request, chosen: list[Gpu], dri_nodes: Sequence[DriNode]) -> list[DriNode]:
+    """Those of the chosen GPUs, for who draws."""
+    addresses = {gpu.pci for gpu in chosen}
+    draws = {"display", "graphics"} & set(request.capabilities)
+    return [item for item in dri_nodes if draws and item.pci in addresses]
 
 
 def _libraries(request: Request, driver: Driver) -> list[Library]:

@@ -12,9 +12,9 @@ from __future__ import annotations
 import sys
 
 from . import container as containers
+from . import dri, inventory, leftovers, plan, request, requirements, sockets, spec
 from . import edits as editing
 from . import gpus as hosts
-from . import inventory, leftovers, plan, request, requirements, spec
 from .errors import ContainerError, DriverError, SpecError, reason
 
 TYPE_CHECKING = False
@@ -77,7 +77,15 @@ def prepare(config: Config, asked: Request, container: Container, warnings: list
     requirements.check(asked.requirements, requirements.facts_of(gpus.driver_version))
     for again in (False, True):
         driver = inventory.load(config, gpus.driver_version, warnings, again=again)
-        edits = plan.make(asked, chosen, gpus, driver, container.layout)
+        edits = plan.make(
+            asked,
+            chosen,
+            gpus,
+            driver,
+            container.layout,
+            dri_nodes=dri.find(config, asked, chosen),
+            sockets=sockets.find(config.driver_root),
+        )
         try:
             _prepare(edits, config)
             return edits

@@ -84,11 +84,12 @@ def edit(arguments: list[str], hook: str, config: Config, warnings: list[str]) -
     asked = request.read(described, config, warnings)
     if asked is None:
         return
-    from nvhook import gpus, plan, requirements  # only for a container that asks
+    from nvhook import dri, gpus, plan, requirements  # only for a container that asks
 
     host = gpus.read(config.proc_root)
     requirements.check(asked.requirements, requirements.facts_of(host.driver_version))
-    nodes = plan.devices(asked, gpus.select(asked.devices, host.gpus), host)
+    chosen = gpus.select(asked.devices, host.gpus)
+    nodes = plan.devices(asked, chosen, host, dri.find(config, asked, chosen))
     if not config.no_cgroups:
         bundle.add_device_rules(document, [node.rule() for node in nodes])
     which = ["--config", os.path.abspath(config.path)] if config.path else []

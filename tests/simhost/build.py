@@ -3,6 +3,7 @@
 
     DIR/driver       the driver's files: ELF files, links, plain files, and the linker's cache
     DIR/proc         what the driver shows below /proc
+    DIR/sys          what the kernel shows of its cards below /sys
     DIR/dev          device nodes
     DIR/config.toml  points nvhook at all this; its state goes to DIR/run
     DIR/.simhost     says that DIR is ours, so that the next build may replace it
@@ -25,7 +26,7 @@ from simhost.compiler import Compiler, native_machine
 from simhost.description import Description, SimhostError, load
 
 _MARKER = ".simhost"
-_BUILT = ("driver", "proc", "dev", "run", "config.toml")
+_BUILT = ("driver", "proc", "sys", "dev", "run", "config.toml")
 _BOOT_ID = "/proc/sys/kernel/random/boot_id"
 _STUB = re.compile(r"lib(nvidia-ml|cuda)\.so\.(\d+(?:\.\d+)+)")
 _SOURCES = {"nvidia-ml": "nvml.c", "cuda": "cuda.c"}
@@ -78,7 +79,7 @@ def _prepare(root: str) -> None:
         path = os.path.join(root, name)
         if name in found:
             shutil.rmtree(path) if stat.S_ISDIR(os.lstat(path).st_mode) else os.unlink(path)
-    for name in ("driver", "proc", "dev"):
+    for name in ("driver", "proc", "sys", "dev"):
         os.mkdir(os.path.join(root, name))
 
 
@@ -125,10 +126,17 @@ def _make_file(entry: dict[str, Any], path: str, compiler: Compiler) -> None:
     if "elf" in entry:
         _make_elf(entry["elf"], path, compiler)
     else:
-        _write(path, entry.get("content", "").encode())
+        _write(path, _content(entry).encode())
     if os.path.getsize(path) < entry.get("size", 0):
         os.truncate(path, entry["size"])
     os.chmod(path, 0o755 if entry.get("executable") else 0o644)
+
+
+def _content(entry: dict[str, Any]) -> str:
+    """What the description says; JSON of which it gives the size alone is an empty object, for whoever parses it."""
+    if "content" not in entry and entry["path"].endswith(".json"):
+        return "{}".ljust(entry.get("size", 2))
+    return str(entry.get("content", ""))
 
 
 def _make_elf(elf: dict[str, Any], path: str, compiler: Compiler) -> None:
@@ -158,6 +166,8 @@ def _make_proc(description: Description, root: str) -> None:
     content = json.dumps(description, sort_keys=True)
     boot_id = f"{uuid.uuid5(uuid.NAMESPACE_URL, content)}\n"
     for path, text in {_BOOT_ID: boot_id, **description["proc"]}.items():
+        _write(_parent_made(root, path), text.encode())
+    for path, text in description.get("sys", {}).items():
         _write(_parent_made(root, path), text.encode())
 
 

@@ -108,4 +108,7 @@ def _path_fault(description: Description) -> str | None:
     for path in description["proc"]:
         if not path.startswith("/proc/") or os.path.normpath(path) != path:
             return f"proc: `{path}` is not a plain path below /proc"
+    for path in description.get("sys", {}):
+        if not path.startswith("/sys/") or os.path.normpath(path) != path:
+            return f"sys: `{path}` is not a plain path below /sys"
     return None
