@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 from pathlib import Path
@@ -56,6 +57,22 @@ def test_config_check_of_what_is_installed(prefix: Path) -> None:
         [str(prefix / "bin/nvhook"), "config", "check"], env={}, cwd="/", capture_output=True, text=True, check=False
     )
     assert (result.returncode, result.stdout, result.stderr) == (0, "ok\n", "")
+
+
+def test_hooks_for_podman_name_the_hook_that_is_installed(prefix: Path) -> None:
+    """One file for each stage: Podman gives a hook the same words in all of its stages."""
+    stages = []
+    for path in sorted((prefix / "share/containers/oci/hooks.d").iterdir()):
+        described = json.loads(path.read_text())
+        (stage,) = described["stages"]
+        stages.append(stage)
+        hook = described["hook"]
+        assert path.name == f"oci-nvhook-{stage}.json"
+        assert path.stat().st_mode & 0o777 == 0o644
+        assert hook["path"] == str(prefix / "bin/nvidia-container-runtime-hook")
+        assert hook["args"] == [os.path.basename(hook["path"]), stage]
+        assert described["when"] == {"always": True}
+    assert stages == ["poststop", "prestart"]
 
 
 def test_hook_does_nothing_after_the_start(prefix: Path) -> None:
