@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 
+from conftest import cannot
 from containers import TRIPLET, TRY, gpu_lines, make_image
 from engines import docker as engine
 from engines.docker import FIRST_ID, REMAPPED, Docker, wait
@@ -43,18 +44,12 @@ WAYS = {
 _CAP_SYS_RESOURCE = 24
 
 
-def _cannot(reason: str) -> None:
-    if "CI" in os.environ:
-        pytest.fail(f"{reason}, and CI has to run it", pytrace=False)
-    pytest.skip(reason)
-
-
 @pytest.fixture(scope="module")
 def place() -> Iterator[Path]:
     """After everything of this file: no trace of an engine on the machine."""
     absent = engine.missing()
     if absent:
-        _cannot(f"not installed: {absent}")
+        cannot(f"not installed: {absent}")
     before = engine.traces()
     with tempfile.TemporaryDirectory(prefix="nvhook-docker-") as name:
         directory = Path(name)

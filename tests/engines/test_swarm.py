@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from conftest import cannot
 from engines import swarm as engines
 from engines.swarm import KIND, Swarm, Task
 
@@ -18,24 +19,18 @@ pytestmark = [pytest.mark.root, pytest.mark.engines]
 ONE_GPU = ("--generic-resource", f"{KIND}=1")
 
 
-def _cannot(reason: str) -> None:
-    if "CI" in os.environ:
-        pytest.fail(f"{reason}, and CI has to run it", pytrace=False)
-    pytest.skip(reason)
-
-
 @pytest.fixture(scope="module")
 def swarm(simhost: Callable[[str], Path]) -> Iterator[Swarm]:
     """A manager with two GPUs and a worker with eight."""
     absent = engines.missing()
     if absent:
-        _cannot(f"not installed: {absent}")
+        cannot(f"not installed: {absent}")
     try:
         names = [f"nvhook-probe-{os.getpid()}-{number}" for number in (1, 2)]
         with engines.namespaces(names):
             pass
     except RuntimeError as error:
-        _cannot(f"no network namespaces with a veth pair on this machine: {error}")
+        cannot(f"no network namespaces with a veth pair on this machine: {error}")
     with (
         tempfile.TemporaryDirectory(prefix="nvhook-swarm-") as name,
         engines.swarm(Path(name), (simhost("a100x2"), simhost("h100x8"))) as both,

@@ -1,0 +1,118 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What users do with Podman and GPUs, as root and rootless, by its runtime and by hooks.d."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from conftest import HOSTS, cannot
+from containers import gpu_lines, make_image
+from engines import podman as engine
+from engines.podman import USER, Podman
+from simhost.build import build
+
+pytestmark = [pytest.mark.root, pytest.mark.engines]
+
+HOST = "a100x2"
+SECOND = "GPU-08e5f9a3-1c6b-42d7-b0f4-e95d3187ac26"
+BOTH = gpu_lines(HOST, 0, 1)
+ALL = ("--env=NVIDIA_VISIBLE_DEVICES=all",)
+USERS = pytest.mark.parametrize("user", [0, USER], ids=["root", "rootless"])
+
+
+@pytest.fixture(scope="module")
+def podman() -> Iterator[Podman]:
+    absent = engine.missing()
+    if absent:
+        cannot(f"not installed: {absent}")
+    with tempfile.TemporaryDirectory(prefix="nvhook-podman-") as name:
+        place = Path(name)
+        place.chmod(0o755)  # who is not root has to come through
+        (description,) = HOSTS.glob(f"{HOST}*.json")
+        build(description, place / "host")
+        podman = Podman(place, place / "host")
+        podman.start()
+        try:
+            root = make_image("debian", place / "image")
+            for user in (0, USER):
+                podman.load("debian", root, user=user)
+            yield podman
+        finally:
+            left = podman.stop()
+        assert left == []
+    commands = [path.read_bytes() for path in Path("/proc").glob("[0-9]*/cmdline") if path.exists()]
+    assert not [command for command in commands if name.encode() in command]
+
+
+Roads = Callable[[str], tuple[str, ...]]
+
+
+@pytest.fixture
+def roads(podman: Podman) -> Roads:
+    """The options before `run` by which a container comes to us."""
+    hooks = f"--hooks-dir={podman.hooks}"
+    return {
+        "runtime": (f"--runtime={podman.runtime}",),
+        "hooks": ("--runtime=runc", hooks),
+        "both": (f"--runtime={podman.runtime}", hooks),
+    }.__getitem__
+
+
+WAYS = pytest.mark.parametrize("way", ["runtime", "hooks", "both"])
+
+
+@USERS
+@WAYS
+def test_all_gpus(podman: Podman, roads: Roads, way: str, user: int) -> None:
+    assert podman.run(roads(way), *ALL, user=user) == BOTH
+
+
+@USERS
+@WAYS
+def test_one_gpu(podman: Podman, roads: Roads, way: str, user: int) -> None:
+    one = f"--env=NVIDIA_VISIBLE_DEVICES={SECOND}"
+    assert podman.run(roads(way), one, user=user) == gpu_lines(HOST, 1)
+
+
+@USERS
+@WAYS
+def test_nothing_for_who_does_not_ask(podman: Podman, roads: Roads, way: str, user: int) -> None:
+    look = "ls /dev | grep nvidia || echo nothing; ls /usr/bin/nvidia-smi 2>/dev/null || echo nothing"
+    assert podman.run(roads(way), script=look, user=user) == "nothing\nnothing\n"
+
+
+@USERS
+@WAYS
+def test_device_that_is_not_there(podman: Podman, roads: Roads, way: str, user: int) -> None:
+    said = podman.refused(roads(way), "--env=NVIDIA_VISIBLE_DEVICES=7", user=user)
+    assert "device error: unknown device `7`" in said
+
+
+def test_both_roads_do_the_work_once(podman: Podman, roads: Roads) -> None:
+    mounts = podman.run(roads("both"), *ALL, script="cat /proc/self/mountinfo").splitlines()
+    ours = [path for path in (line.split()[4] for line in mounts) if "nvidia" in path or "libcuda" in path]
+    assert ours
+    assert len(ours) == len(set(ours))
+
+
+@WAYS
+def test_user_namespace_of_a_rootful_container(podman: Podman, roads: Roads, way: str) -> None:
+    """Its nodes are bind mounts of the host's: nobody may make one there."""
+    maps = ("--uidmap=0:500000:65536", "--gidmap=0:500000:65536")
+    script = "nvidia-smi -L; grep -c ' /dev/nvidia0 ' /proc/self/mountinfo"
+    assert podman.run(roads(way), *ALL, *maps, script=script) == f"{BOTH}1\n"
+
+
+@USERS
+@pytest.mark.parametrize("way", ["runtime", "hooks"])
+def test_life_of_a_container(podman: Podman, roads: Roads, way: str, user: int) -> None:
+    """Whoever enters it sees the GPUs, before and after a restart; what is left of it in the state is nothing."""
+    with podman.container(roads(way), *ALL, user=user) as name:
+        assert podman.do("exec", name, "nvidia-smi", "-L", user=user) == BOTH
+        podman.do(*roads(way), "stop", "--time=0", name, user=user)
+        podman.do(*roads(way), "start", name, user=user)
+        assert podman.do("exec", name, "nvidia-smi", "-L", user=user) == BOTH
