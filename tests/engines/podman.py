@@ -35,6 +35,8 @@ touch "$place/is-ready"
 cat
 """
 
+_UNIFIED = 'mount -t cgroup2 cgroup2 /sys/fs/cgroup; exec "$@"'
+
 # The soft limits of a machine without CAP_SYS_RESOURCE are above what Podman may then ask for itself.
 _LIMITS = ("--ulimit=nofile=1024:1024", "--ulimit=nproc=1024:1024")
 
@@ -101,7 +103,7 @@ class Podman:
         lines = Path("/proc/self/mountinfo").read_text().splitlines()
         return left + [f"mount on the machine: {line}" for line in lines if str(self.place) in line]
 
-    def here(self, *command: str, user: int = 0, stdin: int = subprocess.DEVNULL) -> subprocess.CompletedProcess[str]:
+    def here(self, *command: str, user: int = 0) -> subprocess.CompletedProcess[str]:
         """A command in the namespaces, as this user."""
         assert self._init
         (first,) = Path(f"/proc/{self._init.pid}/task/{self._init.pid}/children").read_text().split()
@@ -111,21 +113,23 @@ class Podman:
         return subprocess.run(
             ["nsenter", *enter, *change, *command],
             env={"PATH": _PLACES, "HOME": str(place / "home"), "XDG_RUNTIME_DIR": str(place / "xdg")},
-            stdin=stdin,
+            stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
             timeout=120,
             check=False,
         )
 
-    def podman(self, *words: str, user: int = 0, stdin: int = subprocess.DEVNULL) -> subprocess.CompletedProcess[str]:
+    def podman(self, *words: str, user: int = 0, unified: bool = False) -> subprocess.CompletedProcess[str]:
+        """`unified`: in a cgroup hierarchy of version 2, whatever the machine has. crun takes no other below Podman."""
         place = self.place / ("user" if user else "root")
         places = [f"--root={place}/storage", f"--runroot={place}/run", f"--tmpdir={place}/tmp"]
-        return self.here("podman", *places, "--cgroup-manager=cgroupfs", *words, user=user, stdin=stdin)
+        before = ["unshare", "--mount", "sh", "-euc", _UNIFIED, "-"] if unified else []
+        return self.here(*before, "podman", *places, "--cgroup-manager=cgroupfs", *words, user=user)
 
-    def do(self, *words: str, user: int = 0) -> str:
+    def do(self, *words: str, user: int = 0, unified: bool = False) -> str:
         """The output of a podman command that has to succeed."""
-        done = self.podman(*words, user=user)
+        done = self.podman(*words, user=user, unified=unified)
         assert done.returncode == 0, f"podman {' '.join(words)}: {done.stderr}{done.stdout}"
         return done.stdout
 
@@ -144,6 +148,11 @@ class Podman:
     def run(self, road: tuple[str, ...], *words: str, script: str = "nvidia-smi -L", user: int = 0) -> str:
         """What `script` prints in a container that ends well; `road` are options before `run`: runtime, hooks."""
         return self.do(*self._run(road, ("--rm", *words)), "debian", "sh", "-euc", script, user=user)
+
+    def run_by_crun(self, road: tuple[str, ...], *words: str) -> str:
+        """What nvidia-smi lists. Without cgroups: crun cannot make them where the machine may not raise limits."""
+        command = self._run(road, ("--rm", "--cgroups=disabled", *words))
+        return self.do(*command, "debian", "nvidia-smi", "-L", unified=True)
 
     def refused(self, road: tuple[str, ...], *words: str, user: int = 0) -> str:
         """What Podman says about a container that cannot be started."""

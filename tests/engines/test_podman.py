@@ -116,3 +116,9 @@ def test_life_of_a_container(podman: Podman, roads: Roads, way: str, user: int) 
         podman.do(*roads(way), "stop", "--time=0", name, user=user)
         podman.do(*roads(way), "start", name, user=user)
         assert podman.do("exec", name, "nvidia-smi", "-L", user=user) == BOTH
+
+
+def test_crun_without_cgroups(podman: Podman) -> None:
+    """The container is in our own cgroup, which is not opened: what Podman may open, it may."""
+    road = ("--runtime=crun", f"--hooks-dir={podman.hooks}")
+    assert podman.run_by_crun(road, *ALL) == BOTH

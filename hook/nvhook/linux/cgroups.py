@@ -74,6 +74,9 @@ class Rule:
 def allow(proc_dir_fd: int, rules: list[Rule]) -> Callable[[], None]:
     """Apply all `rules`, or none, to the cgroup of the process whose /proc directory `proc_dir_fd` is.
 
+    A container that was made without a cgroup of its own (Podman's --cgroups=disabled) is in ours, which nothing may be
+    changed for: what its engine may open, it may.
+
     Returns the undo, which keeps the descriptors that it needs and so works from any mount namespace. To be
     called in the host's namespaces: the mounts come from /proc/self/mountinfo.
     """
@@ -83,6 +86,8 @@ def allow(proc_dir_fd: int, rules: list[Rule]) -> Callable[[], None]:
     try:
         v1 = any(_is_hierarchy(line, 1) for line in _read("/proc/self/mountinfo").split("\n"))
         version, path = devices_cgroup(_read("cgroup", dir_fd=proc_dir_fd), v1=v1)
+        if (version, path) == devices_cgroup(_read("/proc/self/cgroup"), v1=v1):
+            return lambda: None
         if version == 1:
             _allow_v1(*_open_cgroup(1, path, steps), rules, steps)
         else:
