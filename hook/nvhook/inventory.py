@@ -9,10 +9,10 @@ file that others than root and ourselves can have written is not believed.
 
 from __future__ import annotations
 
-import json
 import os
 import stat
 
+from . import quickjson
 from .config import Config
 from .driver import Binary, Driver, File, Library
 from .errors import reason
@@ -93,7 +93,7 @@ def _read(path: str, origin: Json) -> Driver | None:
         if not _is_ours(status) or status.st_size > _MAX_SIZE:
             return None
         with open(fd, "rb", closefd=False) as file:
-            inventory = json.loads(file.read())
+            inventory = quickjson.loads(file.read())
         if inventory["origin"] != origin:
             return None
         return _driver(inventory)
@@ -148,7 +148,7 @@ def _write(path: str, origin: Json, driver: Driver) -> None:
     fd = os.open(beside, os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_WRONLY | os.O_CLOEXEC, 0o644)
     try:
         with open(fd, "wb") as file:
-            file.write(json.dumps(inventory, indent=1).encode())
+            file.write(quickjson.dumps(inventory))
         os.rename(beside, path)
     except OSError:
         os.unlink(beside)

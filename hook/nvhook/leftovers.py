@@ -10,10 +10,10 @@ A note that cannot be written, or is lost in a reboot, costs empty files in a la
 
 from __future__ import annotations
 
-import json
 import os
 import stat
 
+from . import quickjson
 from .errors import SpecError, reason
 from .linux.root import DIRECTORY, Root
 
@@ -60,7 +60,7 @@ class Notes:
         self._unlink(beside)
         fd = os.open(beside, _FLAGS, 0o600, dir_fd=self._directory)
         with open(fd, "wb") as file:
-            file.write(json.dumps(note).encode("utf-8", "surrogatepass"))
+            file.write(quickjson.dumps(note))
         os.rename(beside, self._name, src_dir_fd=self._directory, dst_dir_fd=self._directory)
 
     def clean(self, state: State) -> None:
@@ -90,7 +90,7 @@ class Notes:
         with open(fd, "rb") as file:
             content = file.read(_MAX_NOTE)
         try:
-            note: Trace = json.loads(content)
+            note: Trace = quickjson.loads(content)
             is_whole = isinstance(note["rootfs"], str) and isinstance(note["traces"], list)
             # Two engines may give the same name to containers of their own.
             return note if is_whole and note["bundle"] == state.bundle else None

@@ -7,9 +7,9 @@ The bundle is written by the engine, which is trusted; `process.env` in it comes
 
 from __future__ import annotations
 
-import json
 import os
 
+from . import quickjson
 from .errors import SpecError, reason
 
 _MAX_STATE = 1 << 20
@@ -96,7 +96,7 @@ def read_state(fd: int, *, is_alive: bool = True) -> State:
         if len(content) > _MAX_STATE:
             raise SpecError(f"read the container's state: more than {_MAX_STATE} bytes on stdin")
     try:
-        state = json.loads(content)
+        state = quickjson.loads(content)
     except (ValueError, RecursionError) as error:
         raise SpecError(f"read the container's state: stdin is not JSON: {error}") from None
     if not isinstance(state, dict):
@@ -124,7 +124,7 @@ def read_config(bundle: str) -> tuple[Json, os.stat_result]:
     if len(content) > _MAX_CONFIG:
         raise SpecError(f"read `{path}`: more than {_MAX_CONFIG} bytes")
     try:
-        config = json.loads(content)
+        config = quickjson.loads(content)
     except (ValueError, RecursionError) as error:
         raise SpecError(f"parse `{path}`: {error}") from None
     if not isinstance(config, dict):

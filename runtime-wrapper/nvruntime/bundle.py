@@ -6,9 +6,9 @@ The document is kept as it is parsed, so that what we do not know survives (orde
 
 from __future__ import annotations
 
-import json
 import os
 
+from nvhook import quickjson
 from nvhook.errors import SpecError, reason
 
 TYPE_CHECKING = False
@@ -71,9 +71,7 @@ def write(bundle: str, config: Json, former: os.stat_result) -> None:
         fd = os.open(beside, os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_WRONLY | os.O_CLOEXEC, 0o600)
         try:
             with open(fd, "wb") as file:
-                file.write(
-                    json.dumps(config, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "surrogatepass")
-                )
+                file.write(quickjson.dumps(config))
                 os.fchown(fd, former.st_uid, former.st_gid)
                 os.fchmod(fd, former.st_mode & 0o7777)
             os.rename(beside, path)

@@ -2,7 +2,8 @@
 """System calls that Python's os module lacks, one small function each.
 
 Every function encodes its arguments, makes the call and raises OSError with errno and the path it was about.
-Constants keep the kernel's names (include/uapi/linux). Nothing else in the project imports ctypes.
+Constants keep the kernel's names (include/uapi/linux). Nothing else in the project imports ctypes, and this imports
+the C module below it alone: the package, with its tables of types for other platforms, costs 3 ms.
 
 Numbers: arch/x86/entry/syscalls/syscall_64.tbl and include/uapi/asm-generic/unistd.h (aarch64); calls added
 after 2019 have the same number everywhere.
@@ -10,15 +11,20 @@ after 2019 have the same number everywhere.
 
 from __future__ import annotations
 
-import ctypes
+import _ctypes
 import os
 import struct
 
-_libc = ctypes.CDLL(None, use_errno=True)
-
 _X86_64 = os.uname().machine == "x86_64"
+_NR_PRCTL = 157 if _X86_64 else 167
 _NR_PIVOT_ROOT = 155 if _X86_64 else 41
+_NR_SETFSUID = 122 if _X86_64 else 151
+_NR_SETFSGID = 123 if _X86_64 else 152
 _NR_CAPSET = 126 if _X86_64 else 91
+_NR_MOUNT = 165 if _X86_64 else 40
+_NR_UMOUNT2 = 166 if _X86_64 else 39
+_NR_UNSHARE = 272 if _X86_64 else 97
+_NR_SETNS = 308 if _X86_64 else 268
 _NR_BPF = 321 if _X86_64 else 280
 _NR_OPEN_TREE = 428
 _NR_MOVE_MOUNT = 429
@@ -77,55 +83,61 @@ F_SEAL_WRITE = 0x08
 _LINUX_CAPABILITY_VERSION_3 = 0x20080522
 
 
-def _syscall(number: int, *args: object, path: str | None = None) -> int:
-    result: int = _libc.syscall(ctypes.c_long(number), *args)
-    return _check(result, path)
+class _Long(_ctypes._SimpleCData):  # type: ignore[type-arg]
+    _type_ = "l"
 
 
-def _check(result: int, path: str | None = None) -> int:
+class _Char(_ctypes._SimpleCData):  # type: ignore[type-arg]
+    _type_ = "c"
+
+
+class _Function(_ctypes.CFuncPtr):
+    _flags_ = _ctypes.FUNCFLAG_CDECL | _ctypes.FUNCFLAG_USE_ERRNO
+    _restype_ = _Long
+
+
+_libc_syscall = _Function(_ctypes.dlsym(_ctypes.dlopen(None, 0), "syscall"))  # type: ignore[arg-type]
+
+
+def _syscall(number: int, *args: int | bytes | _ctypes.Array[_Char] | None, path: str | None = None) -> int:
+    """Numbers go as wide as a register: the upper half of a shorter one would be undefined."""
+    result: int = _libc_syscall(_Long(number), *[_Long(arg) if isinstance(arg, int) else arg for arg in args])
     if result >= 0:
         return result
-    errno = ctypes.get_errno()
+    errno = _ctypes.get_errno()
     raise OSError(errno, os.strerror(errno), path)
 
 
 def openat2(dir_fd: int, path: str, flags: int, *, resolve: int, mode: int = 0) -> int:
     """A descriptor for `path` below `dir_fd`. ENOSYS before Linux 5.6; some seccomp filters answer EPERM."""
     how = struct.pack("=QQQ", flags | os.O_CLOEXEC, mode, resolve)
-    return _syscall(_NR_OPENAT2, dir_fd, os.fsencode(path), how, ctypes.c_size_t(len(how)), path=path)
+    return _syscall(_NR_OPENAT2, dir_fd, os.fsencode(path), how, len(how), path=path)
 
 
 def open_tree(dir_fd: int, path: str, flags: int) -> int:
     """With OPEN_TREE_CLONE: a descriptor for a new, unattached mount of what `path` names. Linux 5.2."""
-    return _syscall(_NR_OPEN_TREE, dir_fd, os.fsencode(path), ctypes.c_uint(flags), path=path)
+    return _syscall(_NR_OPEN_TREE, dir_fd, os.fsencode(path), flags, path=path)
 
 
 def move_mount(from_fd: int, to_fd: int) -> None:
     """Attach the unattached mount `from_fd` on top of the file or directory `to_fd`. Linux 5.2."""
     flags = MOVE_MOUNT_F_EMPTY_PATH | MOVE_MOUNT_T_EMPTY_PATH
-    _syscall(_NR_MOVE_MOUNT, from_fd, b"", to_fd, b"", ctypes.c_uint(flags))
+    _syscall(_NR_MOVE_MOUNT, from_fd, b"", to_fd, b"", flags)
 
 
 def mount_setattr(mount_fd: int, *, attr_set: int, propagation: int) -> None:
     """Set MOUNT_ATTR_* flags and the propagation (MS_PRIVATE) of the mount that `mount_fd` is. Linux 5.12."""
     attr = struct.pack("=QQQQ", attr_set, 0, propagation, 0)
-    _syscall(_NR_MOUNT_SETATTR, mount_fd, b"", ctypes.c_uint(AT_EMPTY_PATH), attr, ctypes.c_size_t(len(attr)))
+    _syscall(_NR_MOUNT_SETATTR, mount_fd, b"", AT_EMPTY_PATH, attr, len(attr))
 
 
 def mount(source: str, target: str, fstype: str | None, flags: int, data: str = "") -> None:
-    result: int = _libc.mount(
-        os.fsencode(source),
-        os.fsencode(target),
-        os.fsencode(fstype) if fstype else None,
-        ctypes.c_ulong(flags),
-        os.fsencode(data),
-    )
-    _check(result, target)
+    kind = os.fsencode(fstype) if fstype else None
+    _syscall(_NR_MOUNT, os.fsencode(source), os.fsencode(target), kind, flags, os.fsencode(data), path=target)
 
 
 def umount2(target: str, flags: int) -> None:
-    result: int = _libc.umount2(os.fsencode(target), flags)
-    _check(result, target)
+    _syscall(_NR_UMOUNT2, os.fsencode(target), flags, path=target)
 
 
 def pivot_root(new_root: str, put_old: str) -> None:
@@ -133,31 +145,25 @@ def pivot_root(new_root: str, put_old: str) -> None:
 
 
 def setns(fd: int, nstype: int) -> None:
-    result: int = _libc.setns(fd, nstype)
-    _check(result)
+    _syscall(_NR_SETNS, fd, nstype)
 
 
 def unshare(flags: int) -> None:
-    result: int = _libc.unshare(flags)
-    _check(result)
+    _syscall(_NR_UNSHARE, flags)
 
 
 def setfsuid(uid: int) -> int:
     """The previous file system uid. The call reports no failure: ask again to see whether it took."""
-    result: int = _libc.setfsuid(ctypes.c_uint(uid))
-    return result & 0xFFFFFFFF
+    return _syscall(_NR_SETFSUID, uid)
 
 
 def setfsgid(gid: int) -> int:
     """The previous file system gid. The call reports no failure: ask again to see whether it took."""
-    result: int = _libc.setfsgid(ctypes.c_uint(gid))
-    return result & 0xFFFFFFFF
+    return _syscall(_NR_SETFSGID, gid)
 
 
 def prctl(option: int, arg: int = 0) -> None:
-    zero = ctypes.c_ulong(0)
-    result: int = _libc.prctl(option, ctypes.c_ulong(arg), zero, zero, zero)
-    _check(result)
+    _syscall(_NR_PRCTL, option, arg, 0, 0, 0)
 
 
 def drop_bounding_set() -> None:
@@ -179,10 +185,10 @@ def drop_capabilities() -> None:
 
 def bpf(command: int, attr: bytearray) -> int:
     """bpf(2): `attr` is the encoded union bpf_attr; the kernel may write answers into it."""
-    buffer = (ctypes.c_char * len(attr)).from_buffer(attr)
-    return _syscall(_NR_BPF, ctypes.c_int(command), buffer, ctypes.c_uint(len(attr)))
+    buffer = (_Char * len(attr)).from_buffer(attr)
+    return _syscall(_NR_BPF, command, buffer, len(attr))
 
 
 def address_of(buffer: bytearray) -> int:
     """Where `buffer` lies in memory, for the pointers inside bpf_attr; valid while the caller keeps it."""
-    return ctypes.addressof((ctypes.c_char * len(buffer)).from_buffer(buffer))
+    return _ctypes.addressof((_Char * len(buffer)).from_buffer(buffer))
