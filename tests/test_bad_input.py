@@ -390,6 +390,7 @@ def test_library_directory_leads_out(shop: Workshop, target: str) -> None:
 def test_ldconfig_that_fails(shop: Workshop) -> None:
     """The linker cache is the last edit: all of the others are taken back, and the image's cache is the one it was."""
     bundle = shop.bundle().write(LIST, ALL)
+    os.utime(bundle.rootfs / "etc/ld.so.cache", (0, 0))  # older than what it lists: ldconfig has to be run
     host = shop.simhost(A100)
     config = containers.configure(host, shop.new("config.toml"), shop.place / f"state-{A100}")
     config.write_text(config.read_text().replace("@/sbin/ldconfig", f"@{shutil.which('false')}"))

@@ -21,8 +21,9 @@ from nvhook import config, edits
 from nvhook.container import Container, layout
 from nvhook.edits import Device, Edit, Ldcache, Mount, Symlink
 from nvhook.errors import MountError, NvhookError
-from nvhook.linux import kernel
+from nvhook.linux import kernel, ldcache
 from nvhook.linux.root import DIRECTORY, Root
+from simhost import cachewriter
 
 pytestmark = pytest.mark.root
 
@@ -69,8 +70,11 @@ class Place:
             for edit in wanted:
                 edit.prepare(settings)
             kernel.mount(str(self.root), str(self.root), None, kernel.MS_BIND)
+            container = self.container()
             try:
-                edits.apply(wanted, self.container())
+                for edit in wanted:
+                    edit.examine(container)
+                edits.apply(wanted, container)
             except NvhookError as error:
                 return str(error)
             finally:
@@ -579,6 +583,62 @@ def test_ldcache_below_a_link_stays_inside(place: Place, link: str) -> None:
     line = place.apply(Ldcache((LIBRARIES,)))
     assert line.startswith(f"ldcache error: make `{CACHE}`")
     assert before == tree(place.canary)
+
+
+NAMES = ((LIBRARIES, "libx.so.1", 64),)
+
+
+def _image_with_a_cache(place: Place, path: str = "/opt/lib/libz.so.1") -> None:
+    """Its libraries are where nobody can find them but in the cache: ldconfig would list none."""
+    (place.root / "etc").mkdir()
+    entry = {"name": "libz.so.1", "flags": "libc6,x86-64", "path": path}
+    (place.root / CACHE[1:]).write_bytes(cachewriter.cache([entry]))
+
+
+def _cached(place: Place) -> dict[str, str]:
+    return {entry.name: entry.path for entry in ldcache.parse((place.root / CACHE[1:]).read_bytes())}
+
+
+def test_ldcache_adds_to_the_images_own(place: Place) -> None:
+    _image_with_a_cache(place)
+    assert place.apply(place.mount(), Ldcache((LIBRARIES,), NAMES)) == ""
+    assert _cached(place) == {"libz.so.1": "/opt/lib/libz.so.1", "libx.so.1": f"{LIBRARIES}/libx.so.1"}
+    status = (place.root / CACHE[1:]).stat()
+    assert (stat.S_IMODE(status.st_mode), status.st_uid) == (0o644, 0)
+
+
+def test_ldcache_that_names_them_already_stays(place: Place) -> None:
+    _image_with_a_cache(place)
+    place.apply(Ldcache((LIBRARIES,), NAMES))
+    before = (place.root / CACHE[1:]).stat()
+    assert place.apply(Ldcache((LIBRARIES,), NAMES)) == ""
+    after = (place.root / CACHE[1:]).stat()
+    assert (after.st_ino, after.st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
+
+
+@pytest.mark.parametrize("newer", ["opt/lib", "etc/ld.so.conf", "etc/ld.so.conf.d"])
+def test_ldcache_older_than_what_it_lists_is_ldconfigs(place: Place, newer: str) -> None:
+    _image_with_a_cache(place)
+    os.utime(place.root / CACHE[1:], (0, 0))
+    (place.root / newer).mkdir(parents=True)
+    assert place.apply(Ldcache((LIBRARIES,), NAMES)) == ""
+    assert _cached(place) == {}
+
+
+@pytest.mark.parametrize("content", [b"", b"x" * 100, b"glibc-ld.so.cache1.1\xff\xff\xff\xff"])
+def test_ldcache_that_is_odd_is_ldconfigs(place: Place, content: bytes) -> None:
+    (place.root / "etc").mkdir()
+    (place.root / CACHE[1:]).write_bytes(content)
+    assert place.apply(Ldcache((LIBRARIES,), NAMES)) == ""
+    assert _cached(place) == {}
+
+
+def test_ldcache_beside_what_a_killed_hook_left(place: Place) -> None:
+    _image_with_a_cache(place)
+    (place.root / "etc/.ld.so.cache.nvhook").symlink_to(place.canary / "file")
+    assert place.apply(Ldcache((LIBRARIES,), NAMES)) == ""
+    assert "libx.so.1" in _cached(place)
+    assert (place.canary / "file").read_text() == "untouched"
 
 
 def _all(place: Place) -> list[Edit]:

@@ -79,6 +79,14 @@ def rootfs(tmp_path: Path, image: Path) -> Path:
     return Path(shutil.copytree(image, tmp_path / "rootfs", symlinks=True))
 
 
+def _sealed(program: str) -> int:
+    fd = os.open(program, os.O_RDONLY)
+    try:
+        return ldconfig.seal(fd)
+    finally:
+        os.close(fd)
+
+
 def run(rootfs: Path, program: str, *directories: str, owner: tuple[int, int] = (0, 0)) -> str:
     """As the hook does it: in the container's mount namespace, where the tree is a mount. The error's text, if any."""
     reading, writing = os.pipe()
@@ -91,7 +99,7 @@ def run(rootfs: Path, program: str, *directories: str, owner: tuple[int, int] = 
             kernel.mount(str(rootfs), str(rootfs), None, kernel.MS_BIND)
             os.makedirs(rootfs / "proc", exist_ok=True)
             kernel.mount("none", f"{rootfs}/proc", "proc", 0)
-            ldconfig.run(ldconfig.seal(program), str(rootfs), Root(os.open(rootfs, DIRECTORY)), directories, owner)
+            ldconfig.run(_sealed(program), str(rootfs), Root(os.open(rootfs, DIRECTORY)), directories, owner)
             said = ""
         except OSError as error:
             said = str(error.strerror)
@@ -112,7 +120,7 @@ def cached(rootfs: Path) -> dict[str, str]:
 
 
 def test_seal_is_a_copy_that_nobody_can_change() -> None:
-    fd = ldconfig.seal(PROGRAM)
+    fd = _sealed(PROGRAM)
     assert Path(PROGRAM).read_bytes() == os.pread(fd, 1 << 26, 0)
     seals = kernel.F_SEAL_SEAL | kernel.F_SEAL_SHRINK | kernel.F_SEAL_GROW | kernel.F_SEAL_WRITE
     assert fcntl.fcntl(fd, kernel.F_GET_SEALS) == seals

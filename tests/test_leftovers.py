@@ -13,6 +13,7 @@ import pytest
 
 from nvhook import leftovers
 from nvhook.errors import SpecError
+from nvhook.linux.root import DIRECTORY, Root
 from nvhook.spec import State
 
 NAME = "a-container"
@@ -155,3 +156,24 @@ def test_names_that_are_no_container(tmp_path: Path, name: str) -> None:
     with pytest.raises(SpecError, match="is not a container's name"):
         leftovers.Notes(str(tmp_path), State(0, "/bundle", name))
     assert list(tmp_path.iterdir()) == []
+
+
+def _mtime(path: Path) -> int:
+    return path.stat().st_mtime_ns
+
+
+@pytest.mark.parametrize("somebody", [False, True], ids=["untouched", "written-to-by-the-container"])
+def test_clean_gives_a_directory_its_time_back(tmp_path: Path, rootfs: Path, somebody: bool) -> None:
+    """Who asks whether a linker cache is older than its directories shall find it as the image had it."""
+    library = rootfs / "usr/lib"
+    os.utime(library, ns=(0, 1_000_000_007))
+    (library / "libcuda.so.1.2").touch()
+    root = Root(os.open(rootfs, DIRECTORY))
+    traces = leftovers.times(root, {"/usr/lib": 1_000_000_007})
+    traces.append({"kind": "file", "path": "/usr/lib/libcuda.so.1.2"})
+    state = note(tmp_path, rootfs, traces)
+    if somebody:
+        (library / "libz.so.1").touch()
+        os.utime(library, ns=(0, _mtime(library) + 5))  # a clock that ticks slowly
+    leftovers.clean(str(tmp_path / "state"), state)
+    assert (_mtime(library) == 1_000_000_007) != somebody

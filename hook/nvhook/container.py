@@ -35,6 +35,7 @@ class Container:
     uid, gid      who root in the container is on the host
     in_userns     device nodes made here could not be opened: its filesystems belong to a user namespace
     rootless      we are in a user namespace ourselves: the machine's cgroups are not ours to change
+    times         directory in the container -> its mtime in ns before an edit first came there
     """
 
     __slots__ = (
@@ -48,6 +49,7 @@ class Container:
         "root",
         "rootfs",
         "rootless",
+        "times",
         "uid",
     )
 
@@ -73,6 +75,7 @@ class Container:
         self.in_userns = in_userns
         self.rootless = rootless
         self._shared = shared
+        self.times: dict[str, int] = {}
         self._fdinfo = os.open("/proc/self/fdinfo", DIRECTORY)
 
     def enter(self) -> None:

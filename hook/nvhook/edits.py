@@ -16,8 +16,8 @@ import stat
 
 from . import leftovers
 from .errors import LdcacheError, MountError, reason
-from .linux import bind, ldconfig
-from .linux.root import DIRECTORY
+from .linux import bind, ldmerge
+from .linux.root import DIRECTORY, Root
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 _NODE_BIND_OPTIONS = ("nosuid", "noexec")
 _CACHE = "/etc/ld.so.cache"
 _MAX_CACHE = 64 << 20
+_MAX_MERGED = 4 << 20  # of 150,000 libraries; an image with more is ldconfig's
 
 
 class SourceGone(Exception):  # noqa: N818 - not an error yet: the inventory is made again, once
@@ -55,6 +56,9 @@ class Edit:
     def prepare(self, config: Config) -> None:
         """In the host's mount namespace: open what is needed of the host. SourceGone when it has gone."""
 
+    def examine(self, container: Container) -> None:
+        """Still in the host's mount namespace, and before anything is changed: look at the container's tree."""
+
     def apply(self, container: Container) -> None:
         """In the container's mount namespace. MountError or LdcacheError."""
         raise NotImplementedError
@@ -72,7 +76,10 @@ class Edit:
         directory, name = os.path.split(path)
         made: list[tuple[int, str]] = []
         try:
-            return container.root.open_directory(directory, made), name
+            parent = container.root.open_directory(directory, made)
+            if not made:
+                container.times.setdefault(directory, os.fstat(parent).st_mtime_ns)
+            return parent, name
         finally:
             for parent, child in made:
                 self._undo.append(_remover(os.rmdir, parent, child))
@@ -378,44 +385,74 @@ class Symlink(Edit):
 
 
 class Ldcache(Edit):
-    """The container's linker cache, made anew with `directories` first."""
+    """The container's linker cache, with `directories` first.
 
-    __slots__ = ("_program", "directories", "former")
+    `names` are the libraries that are in them when this edit is applied, as (directory, name, bits): what is added to
+    the image's own cache. Where that is missing, odd or older than its directories, the host's ldconfig makes another.
+    """
+
+    __slots__ = ("_cache", "_is_wanted", "_ldconfig", "_program", "directories", "former", "names")
     kind = "ldcache"
 
-    def __init__(self, directories: tuple[str, ...]) -> None:
+    def __init__(self, directories: tuple[str, ...], names: tuple[tuple[str, str, int], ...] = ()) -> None:
         super().__init__()
         self.directories = directories
+        self.names = names
         self.former = -1  # a descriptor of the image's own cache, once it is replaced
+        self._is_wanted = False
+        self._cache: bytes | None = None
         self._program = -1
 
     def describe(self) -> dict[str, object]:
         return {"kind": self.kind, "directories": list(self.directories)}
 
     def prepare(self, config: Config) -> None:
-        """Hold a sealed copy of the host's ldconfig; an empty path in config.toml means that no cache is wanted."""
+        """Open the host's ldconfig; an empty path in config.toml means that no cache is wanted."""
         if not config.ldconfig:
             return
+        self._is_wanted = True
         try:
-            self._program = ldconfig.seal(config.ldconfig)
+            self._program = os.open(config.ldconfig, os.O_RDONLY | os.O_CLOEXEC)
         except OSError as error:
             raise LdcacheError(
                 f"read the host's `{config.ldconfig}`: {reason(error)}",
                 "set `nvidia-container-cli.ldconfig` in config.toml to where it is",
             ) from None
 
+    def examine(self, container: Container) -> None:
+        """Make the new cache, if that can be done without looking at the image's libraries."""
+        if not self._is_wanted:
+            return
+        if self.names:
+            try:
+                self._cache = _merged(container.root, self.names)
+                self._is_wanted = bool(self._cache)
+                return
+            except (OSError, ValueError):
+                self._cache = None  # ldconfig makes one that is right
+        from .linux import ldconfig  # now: nothing is imported when the namespace has been entered
+
+        self._ldconfig = ldconfig
+        try:
+            self._program = ldconfig.seal(self._program)
+        except OSError as error:
+            raise LdcacheError(f"copy the host's ldconfig: {reason(error)}") from None
+
     def apply(self, container: Container) -> None:
-        if self._program < 0:
+        if not self._is_wanted:
             return
         try:
             etc, name = self._parent(container, _CACHE)
             try:
                 self._remember(etc, name)
-                status = os.fstat(etc)
-                # With --userns=host an image that was unpacked for a user namespace belongs to that one's root, and
-                # root without capabilities cannot write there.
-                owner = (container.uid, container.gid) if container.rootless else (status.st_uid, status.st_gid)
-                ldconfig.run(self._program, container.rootfs, container.root, self.directories, owner)
+                if self._cache is None:
+                    status = os.fstat(etc)
+                    # With --userns=host an image that was unpacked for a user namespace belongs to that one's root, and
+                    # root without capabilities cannot write there.
+                    owner = (container.uid, container.gid) if container.rootless else (status.st_uid, status.st_gid)
+                    self._ldconfig.run(self._program, container.rootfs, container.root, self.directories, owner)
+                else:
+                    leftovers.replace(self._cache, etc, name)
                 made = leftovers.identity(os.stat(name, dir_fd=etc, follow_symlinks=False))
                 self.traces.append({"kind": "cache", "path": _CACHE, "made": made, "former": self.former >= 0})
             finally:
@@ -424,7 +461,7 @@ class Ldcache(Edit):
             raise LdcacheError(f"make `{_CACHE}` of `{container.rootfs}`: {reason(error)}") from None
 
     def _remember(self, etc: int, name: str) -> None:
-        """ldconfig writes a new file and renames it over the cache: the old one lives on in our descriptor."""
+        """A new file is renamed over the cache: the old one lives on in our descriptor."""
         status = _look(etc, name)
         if status is None:
             self._undo.append(_remover(os.unlink, etc, name))
@@ -434,6 +471,46 @@ class Ldcache(Edit):
             self._undo.append(lambda: leftovers.restore(self.former, directory, name))
         else:
             raise OSError(errno.EEXIST, f"the image has {_kind_of(status)} there")
+
+
+_MACHINE = os.uname().machine
+_MACHINES = {64: {"x86_64": "x86-64"}.get(_MACHINE, _MACHINE), 32: "i386"}
+_MAX_DIRECTORIES = 512  # that the libraries of a cache are in
+
+
+def _merged(root: Root, names: tuple[tuple[str, str, int], ...]) -> bytes:
+    """The image's linker cache with `names` added, empty where they are there already.
+
+    OSError or ValueError where ldconfig has to make it.
+    """
+    fd = root.open_file(_CACHE, os.O_NOFOLLOW)
+    try:
+        status = os.fstat(fd)
+        if status.st_size > _MAX_MERGED:
+            raise ValueError("not of a usual size")
+        data = os.read(fd, _MAX_MERGED)
+    finally:
+        os.close(fd)
+    directories = ldmerge.directories(data)
+    if len(directories) > _MAX_DIRECTORIES:
+        raise ValueError(f"libraries in more than {_MAX_DIRECTORIES} directories")
+    for path in (*directories, "/etc/ld.so.conf", "/etc/ld.so.conf.d"):
+        if _changed(root, path) > status.st_mtime_ns:
+            raise ValueError(f"`{path}` is newer")
+    merged = ldmerge.merge(data, [ldmerge.Name(directory, name, _MACHINES[bits]) for directory, name, bits in names])
+    return b"" if merged is data else merged
+
+
+def _changed(root: Root, path: str) -> int:
+    """When a file or directory was changed, in ns; 0 where there is none."""
+    try:
+        fd = root.open(path)
+    except OSError:
+        return 0
+    try:
+        return os.fstat(fd).st_mtime_ns
+    finally:
+        os.close(fd)
 
 
 def apply(edits: list[Edit], container: Container) -> None:

@@ -31,7 +31,8 @@ if TYPE_CHECKING:
     # {"kind": "file" | "directory" | "node" | "link" | "cache", "path": in the container, …}
     #   link    target, former: what the name linked to before, or null
     #   node    major, minor
-    #   cache   made: [inode, size, mtime in ns] of what ldconfig wrote, former: whether there was one before
+    #   cache   made: [inode, size, mtime in ns] of what took its place, former: whether there was one before
+    #   time    of the directory `path`: its mtime in ns, before and after we put something there
     Trace = dict[str, Any]
 
 
@@ -74,11 +75,14 @@ class Notes:
             traces = []  # the engine has already taken the root filesystem away
         else:
             traces = note["traces"]
+        untouched = [trace for trace in traces if trace["kind"] == "time" and _is_untouched(root, trace)]
         for trace in reversed(traces):
             try:
                 self._remove(root, trace)
             except OSError:
                 continue  # gone, or something else by now: not ours any more
+        for trace in untouched:
+            _set_time(root, trace)
         self._unlink(f"{self._name}.cache")
         self._unlink(self._name)
 
@@ -115,6 +119,8 @@ class Notes:
                     os.symlink(trace["former"], name, dir_fd=parent)
                     # In a user namespace the container's root is not ours.
                     os.chown(name, status.st_uid, status.st_gid, dir_fd=parent, follow_symlinks=False)
+            elif kind == "time":
+                return  # when everything is gone
             elif kind == "cache" and trace["made"] == identity(status):
                 self._restore_cache(parent, name, had_one=trace["former"])
         finally:
@@ -151,6 +157,40 @@ def clean(state_dir: str, state: State) -> None:
         raise SpecError(f"clean up after container `{state.id}`: {reason(error)}") from None
 
 
+def times(root: Root, before: dict[str, int]) -> list[Trace]:
+    """Traces for directories that had the mtime `before` when we came: whoever compares it finds nothing changed."""
+    return [{"kind": "time", "path": path, "before": then, "after": _time(root, path)} for path, then in before.items()]
+
+
+def _is_untouched(root: Root, trace: Trace) -> bool:
+    """Whether nobody has put anything into the directory since."""
+    try:
+        return bool(_time(root, trace["path"]) == trace["after"])
+    except OSError:
+        return False
+
+
+def _time(root: Root, path: str) -> int:
+    fd = root.open(path, DIRECTORY)
+    try:
+        return os.fstat(fd).st_mtime_ns
+    finally:
+        os.close(fd)
+
+
+def _set_time(root: Root, trace: Trace) -> None:
+    try:
+        fd = root.open(trace["path"], os.O_RDONLY | os.O_DIRECTORY)
+    except OSError:
+        return  # it was ours alone
+    try:
+        os.utime(fd, ns=(os.fstat(fd).st_atime_ns, trace["before"]))
+    except OSError:
+        return  # in a file system that is read-only by now
+    finally:
+        os.close(fd)
+
+
 def identity(status: os.stat_result) -> list[int]:
     return [status.st_ino, status.st_size, status.st_mtime_ns]
 
@@ -166,6 +206,30 @@ def restore(former: int, directory: int, name: str) -> None:
     beside = f".{name}.nvhook"
     _copy(former, directory, beside)
     os.rename(beside, name, src_dir_fd=directory, dst_dir_fd=directory)
+
+
+def replace(content: bytes, directory: int, name: str) -> None:
+    """Put a file with `content` in the place of `name`, readable for everybody, its owner that of the directory."""
+    beside = f".{name}.nvhook"
+    try:
+        fd = os.open(beside, _FLAGS, 0o644, dir_fd=directory)
+    except FileExistsError:  # of a hook that was killed
+        os.unlink(beside, dir_fd=directory)
+        fd = os.open(beside, _FLAGS, 0o644, dir_fd=directory)
+    try:
+        view = memoryview(content)
+        while view:
+            view = view[os.write(fd, view) :]
+        status = os.fstat(directory)
+        os.fchmod(fd, 0o644)  # whatever the umask
+        if os.fstat(fd).st_uid != status.st_uid:
+            os.fchown(fd, status.st_uid, status.st_gid)
+        os.rename(beside, name, src_dir_fd=directory, dst_dir_fd=directory)
+    except OSError:
+        os.unlink(beside, dir_fd=directory)
+        raise
+    finally:
+        os.close(fd)
 
 
 def _copy(source: int, directory: int, name: str) -> None:

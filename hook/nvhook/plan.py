@@ -63,11 +63,13 @@ def make(
     asked = set(request.capabilities)
     edits: list[Edit] = []
     directories = []
+    names = []
     for library in libraries:
         directory = layout.libraries if library.bits == 64 else layout.libraries32
         edits.append(Mount(library.path, f"{directory}/{library.name}", _READ_ONLY))
         if directory not in directories:
             directories.append(directory)
+        names += [(directory, name, library.bits) for name in _linker_names(library)]
     edits += [
         Mount(binary.path, f"{layout.binaries}/{binary.name}", _READ_ONLY)
         for binary in driver.binaries
@@ -93,7 +95,7 @@ def make(
         edits.append(Symlink(f"/dev/dri/by-path/pci-{node.pci}-{node.role}", f"../{node.name}"))
     edits += devices(request, chosen, gpus, dri_nodes)
     if directories:
-        edits.append(Ldcache(tuple(directories)))
+        edits.append(Ldcache(tuple(directories), tuple(names)))
     return edits
 
 
@@ -145,6 +147,13 @@ def _libraries(request: Request, driver: Driver) -> list[Library]:
         for library in driver.libraries
         if asked & set(library.capabilities) and (library.bits == 64 or "compat32" in asked)
     ]
+
+
+def _linker_names(library: Library) -> list[str]:
+    """What ldconfig would list of it: the SONAME, and the name that programs are linked by where there is a link."""
+    soname = library.soname or library.name
+    further = _FURTHER_LINKS.get(soname, ("",))[0]
+    return [soname, further] if further.endswith(".so") else [soname]
 
 
 def _links(library: Library, directory: str) -> list[Symlink]:

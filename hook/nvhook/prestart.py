@@ -35,6 +35,8 @@ def prestart(config: Config, warnings: list[str]) -> None:
         return
     container = containers.find(state, described)
     edits = prepare(config, asked, container, warnings)
+    for edit in edits:
+        edit.examine(container)
     notes = _notes(config, state, warnings)
     undo_access = _allow(edits, described, config, container)
     try:
@@ -65,6 +67,7 @@ def _note(
     traces = [trace for edit in edits for trace in edit.traces]
     former = next((edit.former for edit in edits if isinstance(edit, editing.Ldcache)), -1)
     try:
+        traces = leftovers.times(container.root, container.times) + traces
         notes.write(state, container.rootfs, traces, former)
     except OSError as error:
         warnings.append(f"note what to clean up: {reason(error)}; empty files will stay in the container's layer")

@@ -23,12 +23,12 @@ _OLD_HEADER = struct.Struct("<11sxI")
 _OLD_ENTRY_SIZE = 12
 _ALIGNMENT = 8  # of the new part behind the old one, on 64-bit machines
 
-_MAGIC = b"glibc-ld.so.cache"
-_VERSION = b"1.1"
-_HEADER = struct.Struct("<17s3sIIB19x")
-_ENTRY = struct.Struct("<iIIIQ")
-_BYTE_ORDER = 3  # mask: 0 not said (before glibc 2.33), 2 little-endian, 3 big-endian
-_UNKNOWN_ORDER, _LITTLE_ENDIAN, _BIG_ENDIAN = 0, 2, 3
+MAGIC = b"glibc-ld.so.cache"
+VERSION = b"1.1"
+HEADER = struct.Struct("<17s3sIIB3xI12x")
+ENTRY = struct.Struct("<iIIIQ")
+BYTE_ORDER = 3  # mask: 0 not said (before glibc 2.33), 2 little-endian, 3 big-endian
+UNKNOWN_ORDER, LITTLE_ENDIAN, _BIG_ENDIAN = 0, 2, 3
 
 _MAX_STRING = 4096  # bytes, PATH_MAX
 _MAX_OVERLAP = 4  # times the size of the file, for all different strings together
@@ -36,7 +36,7 @@ _MAX_OVERLAP = 4  # times the size of the file, for all different strings togeth
 # flags: the low byte is the kind of file, the next one the machine.
 _KIND, _MACHINE = 0x00FF, 0xFF00
 _KINDS = (1, 3)  # ELF; ELF for libc6
-_MACHINES = {"x86-64": 0x0300, "i386": 0x0000, "aarch64": 0x0A00, "ppc64le": 0x0500}
+MACHINES = {"x86-64": 0x0300, "i386": 0x0000, "aarch64": 0x0A00, "ppc64le": 0x0500}
 
 
 class Entry:
@@ -57,15 +57,15 @@ def parse(data: bytes) -> list[Entry]:
 
     Bytes that are not UTF-8 come as os.fsdecode gives them, so that `path` can be opened.
     """
-    start = _start(data)
-    if len(data) - start < _HEADER.size:
+    start = start_of(data)
+    if len(data) - start < HEADER.size:
         raise ValueError(f"truncated: {len(data)} bytes end inside the header")
-    magic, version, count, string_bytes, order = _HEADER.unpack_from(data, start)
-    if magic != _MAGIC or version != _VERSION:
+    magic, version, count, string_bytes, order, _ = HEADER.unpack_from(data, start)
+    if magic != MAGIC or version != VERSION:
         raise ValueError("unsupported format: neither `glibc-ld.so.cache1.1` nor behind a `ld.so-1.7.0` header")
-    _check_byte_order(order & _BYTE_ORDER)
-    table = start + _HEADER.size
-    table_end = table + count * _ENTRY.size
+    _check_byte_order(order & BYTE_ORDER)
+    table = start + HEADER.size
+    table_end = table + count * ENTRY.size
     end = table_end + string_bytes
     if end > len(data):
         raise ValueError(
@@ -74,17 +74,17 @@ def parse(data: bytes) -> list[Entry]:
     strings = _Strings(data, start, table_end, end)
     return [
         Entry(strings.at(name), strings.at(path), flags, hwcap, osversion)
-        for flags, name, path, osversion, hwcap in _ENTRY.iter_unpack(memoryview(data)[table:table_end])
+        for flags, name, path, osversion, hwcap in ENTRY.iter_unpack(memoryview(data)[table:table_end])
     ]
 
 
 def entries_for(entries: list[Entry], machine: str) -> list[Entry]:
     """Those that `machine` (x86-64, i386, aarch64, ppc64le) can load. KeyError for another machine."""
-    wanted = _MACHINES[machine]
+    wanted = MACHINES[machine]
     return [entry for entry in entries if entry.flags & _MACHINE == wanted and entry.flags & _KIND in _KINDS]
 
 
-def _start(data: bytes) -> int:
+def start_of(data: bytes) -> int:
     """Where the new part begins: behind the old one, if there is one."""
     if not data.startswith(_OLD_MAGIC):
         return 0
@@ -95,7 +95,7 @@ def _start(data: bytes) -> int:
     if end > len(data):
         raise ValueError(f"truncated: {count} entries of the old format do not fit in {len(data)} bytes")
     start = end + -end % _ALIGNMENT
-    if data[start : start + len(_MAGIC)] != _MAGIC:
+    if data[start : start + len(MAGIC)] != MAGIC:
         raise ValueError("unsupported format: `ld.so-1.7.0` alone, without a part for glibc 2.2 and later")
     return start
 
@@ -103,7 +103,7 @@ def _start(data: bytes) -> int:
 def _check_byte_order(order: int) -> None:
     if order == _BIG_ENDIAN:
         raise ValueError("unsupported format: big-endian")
-    if order not in (_UNKNOWN_ORDER, _LITTLE_ENDIAN):
+    if order not in (UNKNOWN_ORDER, LITTLE_ENDIAN):
         raise ValueError(f"byte order {order} is none")
 
 

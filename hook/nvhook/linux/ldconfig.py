@@ -32,14 +32,14 @@ _HIDDEN = ("proc", "sys", "dev")
 _SYSTEM_DIRECTORIES = ("/lib64", "/usr/lib64", "/lib", "/usr/lib")
 
 
-def seal(program: str) -> int:
-    """A sealed memfd with the content of `program`; OSError if it cannot be read."""
+def seal(program: int) -> int:
+    """A sealed memfd with the content of the file `program`; OSError if it cannot be read."""
     fd = os.memfd_create("ldconfig", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     try:
-        with open(program, "rb") as source:
-            size = os.fstat(source.fileno()).st_size
-            while size > 0 and (count := os.sendfile(fd, source.fileno(), None, size)):
-                size -= count
+        size = os.fstat(program).st_size
+        offset = 0
+        while offset < size and (count := os.sendfile(fd, program, offset, size - offset)):
+            offset += count
         seals = kernel.F_SEAL_SEAL | kernel.F_SEAL_SHRINK | kernel.F_SEAL_GROW | kernel.F_SEAL_WRITE
         fcntl.fcntl(fd, kernel.F_ADD_SEALS, seals)
     except OSError:

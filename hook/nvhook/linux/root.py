@@ -63,16 +63,26 @@ class Root:
 
     def read(self, path: str, limit: int) -> bytes:
         """The content of a regular file of at most `limit` bytes; OSError with EFBIG or EINVAL for another."""
-        fd = self.open(path, os.O_RDONLY | os.O_NONBLOCK)
+        fd = self.open_file(path)
         try:
-            status = os.fstat(fd)
-            if not stat.S_ISREG(status.st_mode):
-                raise OSError(errno.EINVAL, "not a regular file", path)
-            if status.st_size > limit:
+            if os.fstat(fd).st_size > limit:
                 raise OSError(errno.EFBIG, f"larger than {limit} bytes", path)
             return _read_all(fd, limit)
         finally:
             os.close(fd)
+
+    def open_file(self, path: str, flags: int = 0) -> int:
+        """A regular file, for reading; OSError with EINVAL for anything else. In the host's mount namespace alone.
+
+        It is opened when it is known to be one: to open a device is to use it, and an image may hold any.
+        """
+        held = self.open(path, os.O_PATH | flags)
+        try:
+            if not stat.S_ISREG(os.fstat(held).st_mode):
+                raise OSError(errno.EINVAL, "not a regular file", path)
+            return os.open(f"/proc/self/fd/{held}", os.O_RDONLY | os.O_CLOEXEC)
+        finally:
+            os.close(held)
 
     def open_directory(self, path: str, made: list[tuple[int, str]]) -> int:
         """A descriptor for the directory `path`; missing ones are made with mode 0755.
