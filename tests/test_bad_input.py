@@ -63,19 +63,23 @@ def refused_by_hook(bundle: Bundle, config: Path) -> str:
     return said
 
 
-# The bundle
+# The bundle of a container that seems to ask; what holds no word of a request is the low-level runtime's to refuse.
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
         pytest.param(None, "read `{path}`: no such file or directory", id="missing"),
-        pytest.param("{", "parse `{path}`: Expecting property name", id="not-json"),
-        pytest.param("[]", "parse `{path}`: not a JSON object", id="not-an-object"),
+        pytest.param("{NVIDIA_", "parse `{path}`: Expecting property name", id="not-json"),
+        pytest.param('["NVIDIA_"]', "parse `{path}`: not a JSON object", id="not-an-object"),
         pytest.param({"process": None}, "`{path}`: `process` is missing", id="no-process"),
         pytest.param({"root": None}, "`{path}`: `root` is missing", id="no-root"),
         pytest.param({"root": {}}, "`{path}`: `root.path` is missing", id="no-root-path"),
-        pytest.param({"process": {"env": "A=b"}}, "`{path}`: `process.env` is not a list of strings", id="env"),
+        pytest.param(
+            {"process": {"env": "NVIDIA_VISIBLE_DEVICES=all"}},
+            "`{path}`: `process.env` is not a list of strings",
+            id="env",
+        ),
     ],
 )
 def test_bundle(shop: Workshop, content: str | dict[str, object] | None, message: str) -> None:
@@ -83,7 +87,7 @@ def test_bundle(shop: Workshop, content: str | dict[str, object] | None, message
     if isinstance(content, str):
         bundle.path.write_text(content)
     elif content is not None:
-        bundle.config |= content
+        bundle.config |= {"annotations": {"why": "NVIDIA_"}, **content}
         bundle.write()
     line = refused_by_wrapper(bundle, shop.config(A100))
     assert line.startswith(f"nvidia-container-runtime: spec error: {message.format(path=bundle.path)}")

@@ -489,18 +489,50 @@ def test_bundle_of_command_line(arguments: list[str], expected: str) -> None:
     assert os.path.abspath(expected) == bundle.directory(arguments)
 
 
-# create: what goes wrong
+# create: who never meets an interpreter
+
+
+WORDS = {
+    "nothing": ({"process": {"env": ["A=b"]}, "root": {"path": "r"}}, "", False),
+    "not-even-json": ("{", "", False),
+    "visible-devices": ({"process": {"env": ["NVIDIA_VISIBLE_DEVICES=void"]}}, "", True),
+    "legacy-image": ({"process": {"env": ["CUDA_VERSION=8.0.61"]}}, "", True),
+    "annotation": ({"annotations": {"cdi.k8s.io/x": "nvidia.com/gpu=0"}}, "", True),
+    "mount": ({"mounts": [{"destination": "/var/run/nvidia-container-devices/0"}]}, "", True),
+    "swarm-resource": ({"process": {"env": ["DOCKER_RESOURCE_GPU=0"]}}, 'swarm-resource = "DOCKER_RESOURCE_GPU"', True),
+    "commented-swarm": ({"process": {"env": ["A=b"]}}, '#swarm-resource = "DOCKER_RESOURCE_GPU"', False),
+}
+
+
+@pytest.mark.parametrize(("document", "configuration", "asks"), WORDS.values(), ids=WORDS)
+@pytest.mark.parametrize("how", [["--bundle", "{}"], ["-b={}"], ["--bundle", "/elsewhere", "-b", "{}"], []])
+def test_interpreter_only_for_who_may_ask(
+    place: Place, poisoned: Path, document: object, configuration: str, asks: bool, how: list[str]
+) -> None:
+    place.write(document)
+    place.configure(configuration)
+    before = place.spec.read_bytes()
+    words = ["create", *(word.format(place.bundle) for word in how), "name"]
+    done = place.run(*words, launcher=poisoned)
+    assert ("python was started" in done.stdout + done.stderr) == asks
+    assert place.arguments() == (None if asks else words)
+    assert place.spec.read_bytes() == before
+
+
+# create: what goes wrong. What holds no word of a request is the low-level runtime's to refuse.
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
         pytest.param(None, "spec error: read `{}/config.json`: no such file or directory", id="missing"),
-        pytest.param("{", "spec error: parse `{}/config.json`: ", id="not-json"),
-        pytest.param("[" * 100_000, "spec error: parse `{}/config.json`: ", id="deeply-nested"),
-        pytest.param("[]", "spec error: parse `{}/config.json`: not a JSON object", id="list"),
-        pytest.param({"root": {"path": "r"}}, "spec error: `{}/config.json`: `process` is missing", id="no-process"),
-        pytest.param({"process": {}}, "spec error: `{}/config.json`: `root` is missing", id="no-root"),
+        pytest.param("{NVIDIA_", "spec error: parse `{}/config.json`: ", id="not-json"),
+        pytest.param("[" * 100_000 + "NVIDIA_", "spec error: parse `{}/config.json`: ", id="deeply-nested"),
+        pytest.param('["NVIDIA_"]', "spec error: parse `{}/config.json`: not a JSON object", id="list"),
+        pytest.param(
+            {"root": {"path": "NVIDIA_"}}, "spec error: `{}/config.json`: `process` is missing", id="no-process"
+        ),
+        pytest.param({"process": {"cwd": "NVIDIA_"}}, "spec error: `{}/config.json`: `root` is missing", id="no-root"),
         pytest.param(
             {"process": {"env": ["NVIDIA_VISIBLE_DEVICES=7"]}, "root": {"path": "r"}},
             "device error: unknown device `7`; this host has 0 (GPU-aa, 0000:07:00.0), 1 (GPU-bb, 0000:41:00.0)",
