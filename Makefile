@@ -5,7 +5,7 @@ PREFIX = /usr/local
 SYSCONFDIR = /etc
 DESTDIR =
 
-.PHONY: demo test test-engines install uninstall
+.PHONY: bench demo test test-engines install uninstall
 
 demo:
 	scripts/demo
@@ -15,6 +15,11 @@ test:
 
 test-engines:
 	scripts/test tests/engines
+
+# RUNS=40 ROWS=gpu,no-request PEER=DIR JSON=FILE
+bench: build/requirements.stamp
+	/usr/bin/python3 tests/bench.py $(if $(RUNS),--runs $(RUNS)) $(if $(ROWS),--rows $(ROWS)) \
+		$(if $(PEER),--peer $(PEER)) $(if $(REAL),--real) $(if $(JSON),--json $(JSON))
 
 install: build/requirements.stamp
 	scripts/install install '$(PREFIX)' '$(SYSCONFDIR)' '$(DESTDIR)'

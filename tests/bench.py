@@ -1,0 +1,367 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How long a container takes to start, beside the low-level runtime alone: `make bench`, as root.
+
+    python3 tests/bench.py [--runs N] [--rows a,b] [--real] [--peer DIR] [--json FILE]
+
+Every row is measured in one go, its sides in turn; what is printed is the ratio of their medians, beside its target. A
+start is `create`, `start` and `delete` of a container that only exits, on a root filesystem of its own (an overlay, as an
+engine makes it). nvhook is installed as users install it; the host is a simulated one, or with --real this machine.
+
+--peer DIR adds another runtime's nvidia-container-runtime, with what it needs of this machine, to the row `gpu`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import concurrent.futures
+import contextlib
+import json
+import os
+import platform
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from containers import REPOSITORY, TRIPLET, Bundle, any_cgroups, configure, make_image
+from simhost import elfwriter
+from simhost.build import build
+
+HOSTS = REPOSITORY / "tests/hosts"
+ALL_CAPABILITIES = {"NVIDIA_DRIVER_CAPABILITIES": "all"}
+GPUS = {"NVIDIA_VISIBLE_DEVICES": "all"}
+
+
+class Side:
+    """One way to start a container: the runtime's path, its config.toml, the container's environment, the image."""
+
+    def __init__(self, runtime: str, config: Path | None, env: dict[str, str], image: Path) -> None:
+        self.runtime = runtime
+        self.config = config
+        self.env = env
+        self.image = image
+
+
+class Bench:
+    """`place` is a directory that is thrown away afterwards; root filesystems are overlays in a tmpfs there."""
+
+    def __init__(self, place: Path, runs: int) -> None:
+        self.place = place
+        self.runs = runs
+        self.prefix = place / "prefix"
+        self.wrapper = str(self.prefix / "bin/nvidia-container-runtime")
+        self.low_level = shutil.which("runc") or "runc"
+        self.through = any_cgroups()
+        (place / "upper").mkdir()
+        subprocess.run(["mount", "-t", "tmpfs", "tmpfs", place / "upper"], check=True)
+        command = [str(path) for path in (REPOSITORY / "scripts/install", "install", self.prefix, self.prefix / "etc")]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+        self.image = make_image("debian", place / "image")
+
+    def close(self) -> None:
+        subprocess.run(["umount", self.place / "upper"], check=True)
+
+    def host(self, name: str) -> Path:
+        """config.toml of a simulated host."""
+        config = self.place / f"{name}.toml"
+        if not config.exists():
+            build(HOSTS / f"{name}.json", self.place / name)
+            configure(self.place / name, config, self.place / f"{name}-state")
+        return config
+
+    def plain(self, image: Path | None = None) -> Side:
+        return Side(self.low_level, None, {}, image or self.image)
+
+    def ours(self, config: Path, env: dict[str, str], image: Path | None = None) -> Side:
+        return Side(self.wrapper, config, env, image or self.image)
+
+    @contextlib.contextmanager
+    def bundle(self, side: Side) -> Iterator[Bundle]:
+        name = uuid.uuid4().hex
+        upper = self.place / "upper" / name
+        for part in ("upper", "work", "root"):
+            (upper / part).mkdir(parents=True)
+        layers = f"lowerdir={side.image},upperdir={upper}/upper,workdir={upper}/work"
+        subprocess.run(["mount", "-t", "overlay", "-o", layers, "overlay", upper / "root"], check=True)
+        bundle = Bundle(upper / "bundle", upper / "root")
+        bundle.through = self.through
+        bundle.write(["/bin/true"], side.env)
+        try:
+            yield bundle
+        finally:
+            subprocess.run(["umount", upper / "root"], check=True)
+            shutil.rmtree(upper)
+
+    def start(self, side: Side) -> float:
+        """Seconds of a whole start."""
+        with self.bundle(side) as bundle:
+            begin = time.perf_counter()
+            self.call(side, bundle, "create", "--bundle", str(bundle.directory), bundle.id)
+            self.call(side, bundle, "start", bundle.id)
+            self.call(side, bundle, "delete", "--force", bundle.id)
+            return time.perf_counter() - begin
+
+    def call(self, side: Side, bundle: Bundle, *words: str, before: tuple[str, ...] = ()) -> None:
+        env = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin"}
+        env |= {name: os.environ[name] for name in ("LD_LIBRARY_PATH",) if name in os.environ}
+        if side.config:
+            env["NVHOOK_CONFIG"] = str(side.config)
+        with (bundle.directory / "said").open("wb") as said:
+            command = [*bundle.through, *before, side.runtime, *words]
+            done = subprocess.run(command, env=env, stdin=subprocess.DEVNULL, stdout=said, stderr=said, check=False)
+        if done.returncode:
+            raise SystemExit(f"{' '.join(command)}: {(bundle.directory / 'said').read_text()}")
+
+    def in_turn(self, *ways: Callable[[], float], runs: int = 0) -> list[float]:
+        """The medians of the ways, each tried once before it counts."""
+        found: list[list[float]] = [[] for _ in ways]
+        for count in range((runs or self.runs) + 1):
+            for way, times in zip(ways, found, strict=True):
+                spent = way()
+                if count:
+                    times.append(spent)
+        return [statistics.median(times) for times in found]
+
+
+class Result:
+    """One line of the table: `value` in `unit` is met when it is at most `target`."""
+
+    def __init__(self, row: str, what: str, value: float, unit: str, target: float, detail: str) -> None:
+        self.row = row
+        self.what = what
+        self.value = value
+        self.unit = unit
+        self.target = target
+        self.detail = detail
+
+    def describe(self) -> dict[str, object]:
+        return {
+            "row": self.row,
+            "what": self.what,
+            "value": round(self.value, 3),
+            "unit": self.unit,
+            "target": self.target,
+            "met": self.value <= self.target,
+            "detail": self.detail,
+        }
+
+    def line(self) -> str:
+        number = f"{self.value:.2f}{self.unit}"
+        verdict = "met" if self.value <= self.target else "MISSED"
+        return f"{self.what:<58} {number:>10}  {f'<= {self.target:g}{self.unit}':>10}  {verdict:<6}  {self.detail}"
+
+
+def _ratio(bench: Bench, row: str, what: str, sides: list[Side], target: float) -> Result:
+    base, *others = bench.in_turn(*[lambda side=side: bench.start(side) for side in sides])
+    detail = ", ".join(f"{value * 1000:.1f} ms" for value in (base, *others))
+    return Result(row, what, others[0] / base, "", target, detail)
+
+
+def no_request(bench: Bench, config: Path, _peer: str) -> list[Result]:
+    what = "a container that asks for no GPU, through our runtime"
+    return [_ratio(bench, "no-request", what, [bench.plain(), bench.ours(config, {})], 1.10)]
+
+
+def gpu(bench: Bench, config: Path, peer: str) -> list[Result]:
+    sides = [bench.plain(), bench.ours(config, GPUS)]
+    results = [_ratio(bench, "gpu", "a GPU container (compute, utility), warm cache", sides, 1.45)]
+    if peer:
+        theirs = Side(f"{peer}/nvidia-container-runtime", None, GPUS, bench.image)
+        results.append(_ratio(bench, "peer", "the same through the other runtime", [bench.plain(), theirs], 1.45))
+    return results
+
+
+def capabilities(bench: Bench, config: Path, _peer: str) -> list[Result]:
+    sides = [bench.plain(), bench.ours(config, {**GPUS, **ALL_CAPABILITIES})]
+    return [_ratio(bench, "capabilities", "the same with all capabilities", sides, 1.6)]
+
+
+def eight(bench: Bench, _config: Path, _peer: str) -> list[Result]:
+    config = bench.host("h100x8-fedora")
+    sides = [bench.ours(config, {"NVIDIA_VISIBLE_DEVICES": "0"}), bench.ours(config, GPUS)]
+    return [_ratio(bench, "eight", "eight GPUs instead of one", sides, 1.03)]
+
+
+def libraries(bench: Bench, config: Path, _peer: str) -> list[Result]:
+    images = [_image_with_libraries(bench, count) for count in (30, 3000)]
+    sides = [bench.ours(config, GPUS, image) for image in images]
+    return [_ratio(bench, "libraries", "an image with 3,000 libraries in its cache, not 30", sides, 1.05)]
+
+
+def _image_with_libraries(bench: Bench, count: int) -> Path:
+    image = make_image("debian", bench.place / f"image-{count}")
+    for number in range(count):
+        name = f"libnumber{number}.so.1"
+        (image / "usr/lib" / TRIPLET / name).write_bytes(elfwriter.shared_object(name, ["libc.so.6"]))
+    ldconfig = "/sbin/ldconfig.real" if os.path.exists("/sbin/ldconfig.real") else "/sbin/ldconfig"
+    subprocess.run([ldconfig, "-r", image], check=True)
+    return image
+
+
+def commands(bench: Bench, config: Path, _peer: str) -> list[Result]:
+    """Each on a container of its own that runs; `start`, `kill` and `delete` are over with the first call."""
+    results = []
+    for command, words in {
+        "start": ("start", "{}"),
+        "kill": ("kill", "{}", "KILL"),
+        "delete": ("delete", "--force", "{}"),
+        "state": ("state", "{}"),
+        "exec": ("exec", "{}", "/bin/true"),
+    }.items():
+        sides = [bench.plain(), bench.ours(config, {})]
+        ways = [lambda side=side, words=words: _one_command(bench, side, words) for side in sides]
+        alone, through = bench.in_turn(*ways)
+        detail = f"{alone * 1000:.1f} ms, {through * 1000:.1f} ms"
+        results.append(
+            Result(command, f"`{command}` over the low-level runtime", (through - alone) * 1000, " ms", 2, detail)
+        )
+    return results
+
+
+def _one_command(bench: Bench, side: Side, words: tuple[str, ...]) -> float:
+    with bench.bundle(side) as bundle:
+        plain = bench.plain()
+        bundle.write(["/bin/sleep", "60"], side.env)
+        bench.call(plain, bundle, "create", "--bundle", str(bundle.directory), bundle.id)
+        if words[0] != "start":
+            bench.call(plain, bundle, "start", bundle.id)
+        try:
+            begin = time.perf_counter()
+            bench.call(side, bundle, *(word.format(bundle.id) for word in words))
+            return time.perf_counter() - begin
+        finally:
+            bundle.delete(plain.runtime)
+
+
+def first(bench: Bench, config: Path, _peer: str) -> list[Result]:
+    """Without an inventory, less what the same start costs with one is not taken off: it is what the user waits for."""
+    state = next(line for line in config.read_text().splitlines() if "state-dir" in line).split('"')[1]
+    times = []
+    for _ in range(max(3, bench.runs // 8)):
+        shutil.rmtree(state, ignore_errors=True)
+        times.append(bench.start(bench.ours(config, GPUS)))
+    return [
+        Result(
+            "first", "the first start on a host, no inventory", statistics.median(times), " s", 0.4, f"of {len(times)}"
+        )
+    ]
+
+
+def at_once(bench: Bench, config: Path, _peer: str) -> list[Result]:
+    plain, ours = bench.in_turn(
+        lambda: _many(bench, bench.plain()),
+        lambda: _many(bench, bench.ours(config, GPUS)),
+        runs=max(3, bench.runs // 8),
+    )
+    what = "32 containers started at once, wall time"
+    return [Result("at-once", what, ours / plain, "", 1.5, f"{plain * 1000:.0f} ms, {ours * 1000:.0f} ms")]
+
+
+def _many(bench: Bench, side: Side) -> float:
+    with contextlib.ExitStack() as stack, concurrent.futures.ThreadPoolExecutor(32) as pool:
+        bundles = [stack.enter_context(bench.bundle(side)) for _ in range(32)]
+
+        def start(bundle: Bundle) -> None:
+            bench.call(side, bundle, "create", "--bundle", str(bundle.directory), bundle.id)
+            bench.call(side, bundle, "start", bundle.id)
+            bench.call(side, bundle, "delete", "--force", bundle.id)
+
+        begin = time.perf_counter()
+        list(pool.map(start, bundles))
+        return time.perf_counter() - begin
+
+
+def memory(bench: Bench, config: Path, _peer: str) -> list[Result]:
+    """The largest of our processes: the wrapper becomes runc, so a runtime that only exits stands in for that."""
+    program = bench.place / "memory-runtime"
+    program.write_text("#!/bin/sh\nexit 0\n")
+    program.chmod(0o755)
+    settings = bench.place / "memory.toml"
+    settings.write_text(config.read_text().replace('runtimes = ["runc"]', f'runtimes = ["{program}"]'))
+    peak = _peak_of_wrapper(bench, settings)
+    results = [
+        Result("memory-wrapper", "peak memory of the wrapper", peak, " MB", 20, "its interpreter, with a request")
+    ]
+    log = bench.place / "memory.log"
+    hook = bench.prefix / "bin/nvidia-container-runtime-hook"
+    kept = hook.with_suffix(".kept")
+    hook.rename(kept)
+    hook.write_text(f'#!/bin/sh\nexec /usr/bin/time -a -o {log} -f %M {kept} "$@"\n')
+    hook.chmod(0o755)
+    try:
+        bench.start(bench.ours(config, GPUS))
+    finally:
+        kept.rename(hook)
+    peak = max(int(line) for line in log.read_text().split()) / 1024
+    return [*results, Result("memory-hook", "peak memory of the hook", peak, " MB", 20, "prestart and poststop")]
+
+
+def _peak_of_wrapper(bench: Bench, settings: Path) -> float:
+    with bench.bundle(bench.ours(settings, GPUS)) as bundle:
+        log = bench.place / "wrapper.log"
+        words = ("create", "--bundle", str(bundle.directory), bundle.id)
+        before = ("/usr/bin/time", "-o", str(log), "-f", "%M")
+        bench.call(bench.ours(settings, GPUS), bundle, *words, before=before)
+        return int(log.read_text().split()[-1]) / 1024
+
+
+ROWS = {
+    "no-request": no_request,
+    "gpu": gpu,
+    "capabilities": capabilities,
+    "eight": eight,
+    "libraries": libraries,
+    "commands": commands,
+    "first": first,
+    "at-once": at_once,
+    "memory": memory,
+}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Measure container starts beside the low-level runtime alone.")
+    parser.add_argument("--runs", type=int, default=40, help="counted runs of each side (40)")
+    parser.add_argument("--rows", default=",".join(ROWS), help=f"of {', '.join(ROWS)}")
+    parser.add_argument("--real", action="store_true", help="this machine's GPUs, and no simulated ones")
+    parser.add_argument("--peer", default="", metavar="DIR", help="another runtime's binaries")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="the results for programs")
+    options = parser.parse_args()
+    results: list[Result] = []
+    with tempfile.TemporaryDirectory(prefix="nvhook-bench-") as name:
+        place = Path(name)
+        place.chmod(0o755)
+        bench = Bench(place, options.runs)
+        try:
+            config = _real(bench) if options.real else bench.host("h200-ubuntu24")
+            print(f"{platform.release()}, {os.cpu_count()} CPUs, medians of {options.runs}, sides in turn", flush=True)
+            for row in options.rows.split(","):
+                if options.real and row == "eight":
+                    print("eight: not run, this is one machine's real GPUs")
+                    continue
+                for result in ROWS[row](bench, config, options.peer):
+                    print(result.line(), flush=True)
+                    results.append(result)
+        finally:
+            bench.close()
+    if options.json:
+        options.json.write_text(json.dumps([result.describe() for result in results], indent=2) + "\n")
+    return 0
+
+
+def _real(bench: Bench) -> Path:
+    config = bench.place / "real.toml"
+    config.write_text(
+        f'[nvidia-container-runtime]\nruntimes = ["runc"]\n[nvhook]\nstate-dir = "{bench.place}/real-state"\n'
+    )
+    return config
+
+
+if __name__ == "__main__":
+    sys.exit(main())
