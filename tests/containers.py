@@ -321,9 +321,21 @@ try() {
 """
 
 
-def gpu_lines(host: str, *indices: int) -> str:
-    """What `nvidia-smi -L` prints in a container that has these GPUs of a simulated host, which it numbers anew."""
+def gpu_lines(host: str, *indices: int, migs: tuple[str, ...] | None = None) -> str:
+    """What `nvidia-smi -L` prints in a container that has these GPUs of a simulated host, which it numbers anew.
+
+    With all their MIG devices, or those of these UUIDs, which it numbers anew as well.
+    """
     (path,) = (REPOSITORY / "tests/hosts").glob(f"{host}*.json")
     gpus = json.loads(path.read_text())["gpus"]
-    chosen = (gpus[index] for index in indices)
-    return "".join(f"GPU {number}: {gpu['name']} (UUID: {gpu['uuid']})\n" for number, gpu in enumerate(chosen))
+    lines = []
+    for number, index in enumerate(indices):
+        gpu = gpus[index]
+        lines.append(f"GPU {number}: {gpu['name']} (UUID: {gpu['uuid']})\n")
+        there = gpu["mig"] if isinstance(gpu.get("mig"), list) else []
+        chosen = [mig for mig in there if migs is None or mig["uuid"] in migs]
+        lines += [
+            f"  MIG {mig['profile']:11} Device {position:2}: (UUID: {mig['uuid']})\n"
+            for position, mig in enumerate(chosen)
+        ]
+    return "".join(lines)
