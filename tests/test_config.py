@@ -21,6 +21,8 @@ DEFAULTS: dict[str, Any] = {
     "dev_root": "/",
     "disable_require": False,
     "driver_root": "/",
+    "ignore_imex_channels": False,
+    "imex_channels_of_host_only": False,
     "ldcache": "/etc/ld.so.cache",
     "ldconfig": HOST_LDCONFIG,
     "log_file": "/dev/null",
@@ -155,6 +157,15 @@ def test_load_does_not_parse(tmp_path: Path, text: str | bytes) -> None:
         pytest.param("nvidia-container-runtime.debug = '/l'", "log_file", "/l", id="debug"),
         pytest.param("nvidia-container-runtime.log-level = 'error'", "log_level", "error", id="log-level"),
         pytest.param("nvidia-container-runtime.runtimes = ['/x/runc']", "runtimes", ("/x/runc",), id="runtimes"),
+        pytest.param(
+            "features.ignore-imex-channel-requests = true", "ignore_imex_channels", True, id="ignore-imex-channels"
+        ),
+        pytest.param(
+            "features.disable-imex-channel-creation = true",
+            "imex_channels_of_host_only",
+            True,
+            id="no-imex-channel-creation",
+        ),
         pytest.param("nvhook.dev-root = '/d'", "dev_root", "/d", id="dev-root"),
         pytest.param("nvhook.proc-root = '/p'", "proc_root", "/p", id="proc-root"),
         pytest.param("nvhook.state-dir = '/s'", "state_dir", "/s", id="state-dir"),
@@ -171,6 +182,8 @@ BOOLEANS = (
     "accept-nvidia-visible-devices-envvar-when-unprivileged",
     "accept-nvidia-visible-devices-as-volume-mounts",
     "nvidia-container-cli.no-cgroups",
+    "features.disable-imex-channel-creation",
+    "features.ignore-imex-channel-requests",
 )
 STRINGS = (
     "swarm-resource",

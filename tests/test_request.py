@@ -180,7 +180,7 @@ def test_policy_is_silent_where_nothing_is_asked(settings: Path, env: dict[str, 
         pytest.param([f"{VOLUMES}X/0"], None, id="beyond-the-boundary"),
         pytest.param([f"{VOLUMES}/../x/0"], None, id="out-of-it"),
         pytest.param(["/else/0"], None, id="elsewhere"),
-        pytest.param([f"{VOLUMES}/imex/0"], None, id="imex"),
+        pytest.param([f"{VOLUMES}/imex/0"], None, id="imex-alone"),
         pytest.param([f"{VOLUMES}/imex/0", f"{VOLUMES}/1"], ("1",), id="imex-and-gpu"),
         pytest.param([f"{VOLUMES}/cdi/nvidia.com/gpu/0"], ("0",), id="cdi-slashes"),
         pytest.param([f"{VOLUMES}/cdi/nvidia.com/gpu=0"], ("0",), id="cdi-equals"),
@@ -373,3 +373,133 @@ def test_requirements(settings: Path, env: dict[str, str], text: str, expected: 
     found = _ask(settings, {DEVICES: "all", **env}, text=text)
     assert found is not None
     assert expected == found.requirements
+
+
+# IMEX channels
+
+CHANNELS = "NVIDIA_IMEX_CHANNELS"
+IGNORE = "features.ignore-imex-channel-requests = true\n"
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        pytest.param(None, (), id="unset"),
+        pytest.param("", (), id="empty"),
+        pytest.param("0", (0,), id="one"),
+        pytest.param(" 7 ,0,,7", (7, 0), id="several"),
+        pytest.param("0,1048575", (0, 1048575), id="last"),
+        pytest.param("00", (0,), id="zeros"),
+        pytest.param("all", (), id="all"),
+        pytest.param("0,all", (), id="number-and-all"),
+        pytest.param("none", (), id="none"),
+        pytest.param("void", (), id="void"),
+    ],
+)
+def test_imex_channels(settings: Path, value: str | None, expected: tuple[int, ...]) -> None:
+    env = {DEVICES: "0"} if value is None else {DEVICES: "0", CHANNELS: value}
+    found = _ask(settings, env)
+    assert found is not None
+    assert expected == found.imex_channels
+
+
+@pytest.mark.parametrize("name", ["1048576", "-1", "+1", "0x1", "1_0", "channel0", "9" * 5000, "\u0660", "0 1", "../0"])
+def test_imex_channel_refused(settings: Path, name: str) -> None:
+    with pytest.raises(RequestError) as raised:
+        _ask(settings, {DEVICES: "0", CHANNELS: f"0,{name}"})
+    assert str(raised.value) == (
+        f"request error: `{name}` in {CHANNELS} is no IMEX channel; they are numbers from 0 to 1048575"
+    )
+
+
+@pytest.mark.parametrize(
+    ("policy", "privileged", "mounts", "expected", "warned"),
+    [
+        pytest.param("", False, ["imex/3"], (1,), False, id="mounts-not-accepted"),
+        pytest.param(ACCEPT_MOUNTS, False, ["imex/3", "imex/2"], (3, 2), False, id="mounts-come-first"),
+        pytest.param(ACCEPT_MOUNTS, False, ["0"], (1,), False, id="no-channel-among-the-mounts"),
+        pytest.param(ACCEPT_MOUNTS + REFUSE_ENV, False, ["0"], (), True, id="env-refused"),
+        pytest.param(ACCEPT_MOUNTS + REFUSE_ENV, True, ["0"], (1,), False, id="env-of-a-privileged-one"),
+        pytest.param(IGNORE + ACCEPT_MOUNTS, False, ["0", "imex/3"], (), False, id="ignored"),
+    ],
+)
+def test_imex_channels_policy(
+    settings: Path, policy: str, privileged: bool, mounts: list[str], expected: tuple[int, ...], warned: bool
+) -> None:
+    warnings: list[str] = []
+    found = _ask(
+        settings,
+        {CHANNELS: "1"},
+        text=policy,
+        mounts=[f"{VOLUMES}/{name}" for name in mounts],
+        annotations={"cdi.k8s.io/x": "nvidia.com/gpu=0"},
+        privileged=privileged,
+        warnings=warnings,
+    )
+    assert found is not None
+    assert expected == found.imex_channels
+    line = f"{CHANNELS} of an unprivileged container is ignored, as config.toml says"
+    assert warnings == ([line] if warned else [])
+
+
+def test_imex_channel_of_a_mount_refused(settings: Path) -> None:
+    with pytest.raises(RequestError, match=f"`x` in a mount below {VOLUMES}/imex is no IMEX channel"):
+        _ask(settings, {DEVICES: "0"}, text=ACCEPT_MOUNTS, mounts=[f"{VOLUMES}/imex/x"])
+
+
+def test_imex_channels_without_devices_are_not_looked_at(settings: Path) -> None:
+    assert _ask(settings, {CHANNELS: "nonsense", "NVIDIA_MIG_CONFIG_DEVICES": "nonsense"}) is None
+
+
+# The right to set MIG up, and features
+
+
+@pytest.mark.parametrize("right", ["config", "monitor"])
+def test_mig_right(settings: Path, right: str) -> None:
+    variable = f"NVIDIA_MIG_{right.upper()}_DEVICES"
+    for value, expected in (("all", (right,)), ("ALL", (right,)), ("", ())):
+        found = _ask(settings, {DEVICES: "all", variable: value}, privileged=True)
+        assert found is not None
+        assert expected == found.mig_rights
+    with pytest.raises(RequestError) as raised:
+        _ask(settings, {DEVICES: "all", variable: "0"}, privileged=True)
+    assert str(raised.value) == f"request error: {variable}=`0` is not supported; the one value it can have is `all`"
+    with pytest.raises(RequestError) as raised:
+        _ask(settings, {DEVICES: "all", variable: "all"})
+    assert str(raised.value) == (
+        f"request error: {variable} is set for a container that is not privileged; "
+        "start it with CAP_SYS_ADMIN (`docker run --privileged`), or unset the variable"
+    )
+
+
+@pytest.mark.parametrize(
+    ("env", "expected"),
+    [
+        pytest.param({}, (), id="none"),
+        pytest.param({"NVIDIA_GDS": "enabled"}, ("gds",), id="one"),
+        pytest.param({"NVIDIA_GDS": "Enabled", "NVIDIA_MOFED": "1", "NVIDIA_GDRCOPY": ""}, (), id="other-words"),
+        pytest.param(
+            {f"NVIDIA_{name}": "enabled" for name in ("NVSWITCH", "GDRCOPY", "MOFED", "GDS", "OTHER")},
+            ("gds", "mofed", "gdrcopy", "nvswitch"),
+            id="all-in-a-fixed-order",
+        ),
+    ],
+)
+def test_features(settings: Path, env: dict[str, str], expected: tuple[str, ...]) -> None:
+    found = _ask(settings, {DEVICES: "none", **env})
+    assert found is not None
+    assert expected == found.features
+
+
+def test_describe_names_what_is_asked_for_beyond_the_contract(settings: Path) -> None:
+    env = {CHANNELS: "1", "NVIDIA_GDS": "enabled", "NVIDIA_MIG_MONITOR_DEVICES": "all"}
+    found = _ask(settings, {DEVICES: "0", CAPABILITIES: "utility", **env}, privileged=True)
+    assert found is not None
+    assert found.describe() == {
+        "devices": ["0"],
+        "capabilities": ["utility"],
+        "requirements": [],
+        "imex_channels": [1],
+        "features": ["gds"],
+        "mig_rights": ["monitor"],
+    }

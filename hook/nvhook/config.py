@@ -30,6 +30,8 @@ _KEYS: dict[str, object] = {
     "nvidia-container-runtime.log-level": "info",
     "nvidia-container-runtime.runtimes": ["runc", "crun"],
     "nvidia-container-runtime.mode": "auto",
+    "features.disable-imex-channel-creation": False,
+    "features.ignore-imex-channel-requests": False,
     "nvhook.dev-root": "/",
     "nvhook.proc-root": "/",
     "nvhook.state-dir": "/run/nvhook",
@@ -62,8 +64,6 @@ _WITHOUT_EFFECT: dict[str, tuple[object, ...]] = {
     "features.allow-ldconfig-from-container": (False,),
     "features.allow-unknown-oci-spec-fields": (False, True),
     "features.disable-cuda-compat-lib-hook": (False, True),
-    "features.disable-imex-channel-creation": (False, True),
-    "features.ignore-imex-channel-requests": (False, True),
     "features.no-additional-gids-for-device-nodes": (False, True),
 }
 
@@ -83,6 +83,8 @@ class Config:
         "dev_root",
         "disable_require",
         "driver_root",
+        "ignore_imex_channels",
+        "imex_channels_of_host_only",
         "ldcache",
         "ldconfig",
         "log_file",
@@ -112,6 +114,8 @@ class Config:
         self.log_file = str(values["nvidia-container-runtime.debug"])
         self.log_level = str(values["nvidia-container-runtime.log-level"])
         self.runtimes = _names(values["nvidia-container-runtime.runtimes"])
+        self.ignore_imex_channels = bool(values["features.ignore-imex-channel-requests"])
+        self.imex_channels_of_host_only = bool(values["features.disable-imex-channel-creation"])
         self.dev_root = str(values["nvhook.dev-root"])
         self.proc_root = str(values["nvhook.proc-root"])
         self.state_dir = str(values["nvhook.state-dir"])

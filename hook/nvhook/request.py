@@ -22,15 +22,23 @@ from .spec import Spec
 DEFAULT_CAPABILITIES = ("compute", "utility")
 VOLUME_ROOT = "/var/run/nvidia-container-devices/"
 _ANNOTATION_PREFIX = "cdi.k8s.io/"
+_MAX_CHANNEL = (1 << 20) - 1  # a minor number has 20 bits
+# NVIDIA_<name>=enabled
+FEATURES = ("gds", "mofed", "gdrcopy", "nvswitch")
 _OUR_KINDS = ("nvidia.com/gpu=", "runtime.nvidia.com/gpu=")
 _TRUE = ("1", "t", "T", "TRUE", "true", "True")  # Go's strconv.ParseBool, which images were written for
 
 
 class Request:
     """`devices`: ids as written, once each, or ("all",) or ("none",). `capabilities`: sorted names. `requirements`:
-    NVIDIA_REQUIRE_* expressions, sorted. `origin`: where the device list came from, for messages."""
+    NVIDIA_REQUIRE_* expressions, sorted. `origin`: where the device list came from, for messages.
 
-    __slots__ = ("capabilities", "devices", "origin", "requirements")
+    imex_channels   numbers, as written, once each
+    features        those of FEATURES
+    mig_rights      `config`, to set up MIG on the GPUs, and `monitor`, to watch it
+    """
+
+    __slots__ = ("capabilities", "devices", "features", "imex_channels", "mig_rights", "origin", "requirements")
 
     def __init__(
         self,
@@ -38,17 +46,31 @@ class Request:
         capabilities: tuple[str, ...],
         requirements: tuple[str, ...],
         origin: str,
+        *,
+        imex_channels: tuple[int, ...] = (),
+        features: tuple[str, ...] = (),
+        mig_rights: tuple[str, ...] = (),
     ) -> None:
         self.devices = devices
         self.capabilities = capabilities
         self.requirements = requirements
         self.origin = origin
+        self.imex_channels = imex_channels
+        self.features = features
+        self.mig_rights = mig_rights
 
-    def describe(self) -> dict[str, list[str]]:
+    def describe(self) -> dict[str, object]:
+        """Devices, capabilities and requirements; of the rest what is asked for."""
+        further: dict[str, object] = {
+            "imex_channels": list(self.imex_channels),
+            "features": list(self.features),
+            "mig_rights": list(self.mig_rights),
+        }
         return {
             "devices": list(self.devices),
             "capabilities": list(self.capabilities),
             "requirements": list(self.requirements),
+            **{name: value for name, value in further.items() if value},
         }
 
 
@@ -56,13 +78,23 @@ def read(spec: Spec, config: Config, warnings: list[str] | None = None) -> Reque
     """The request in `spec`, or None for a container that asks for nothing.
 
     A request that the policy drops is named in `warnings`. Raises RequestError for an unknown capability, one that
-    config.toml does not support, and a CUDA_VERSION that is no version.
+    config.toml does not support, a CUDA_VERSION that is no version, an IMEX channel that is none, and a right to MIG
+    that the container may not have.
     """
-    devices, origin = _devices(spec, config, warnings if warnings is not None else [])
+    warnings = warnings if warnings is not None else []
+    devices, origin = _devices(spec, config, warnings)
     if not devices:
         return None
     legacy = _is_legacy_image(spec.env)
-    return Request(devices, _capabilities(spec.env, config, legacy), _requirements(spec.env, config, legacy), origin)
+    return Request(
+        devices,
+        _capabilities(spec.env, config, legacy),
+        _requirements(spec.env, config, legacy),
+        origin,
+        imex_channels=_imex_channels(spec, config, warnings),
+        features=tuple(name for name in FEATURES if spec.env.get(f"NVIDIA_{name.upper()}") == "enabled"),
+        mig_rights=tuple(right for right in ("config", "monitor") if _has_mig_right(spec, right)),
+    )
 
 
 def _devices(spec: Spec, config: Config, warnings: list[str]) -> tuple[tuple[str, ...], str]:
@@ -70,7 +102,7 @@ def _devices(spec: Spec, config: Config, warnings: list[str]) -> tuple[tuple[str
     if devices:
         return _normalised(devices), "annotations"
     if config.accept_volume_mounts:
-        devices = _from_mounts(spec.mounts)
+        devices = [name for name in _from_mounts(spec.mounts) if not name.startswith("imex/")]
         if devices:
             return _normalised(devices), "volume mounts"
     devices, variable = _from_env(spec.env, config)
@@ -100,7 +132,47 @@ def _is_qualified(name: str) -> bool:
     return bool(vendor and slash and class_name and equals and device)
 
 
+def _imex_channels(spec: Spec, config: Config, warnings: list[str]) -> tuple[int, ...]:
+    if config.ignore_imex_channels:
+        return ()
+    places = _from_mounts(spec.mounts) if config.accept_volume_mounts else []
+    names = [name[len("imex/") :] for name in places if name.startswith("imex/")]
+    if names:
+        return _channels(names, f"a mount below {VOLUME_ROOT}imex")
+    names = [name.strip() for name in spec.env.get("NVIDIA_IMEX_CHANNELS", "").split(",") if name.strip()]
+    # These words are for GPUs: which channels there are is agreed on by the hosts of a domain, and not by one of them.
+    if not names or {"all", "none", "void"} & set(names):
+        return ()
+    if not (spec.privileged or config.accept_env_when_unprivileged):
+        warnings.append("NVIDIA_IMEX_CHANNELS of an unprivileged container is ignored, as config.toml says")
+        return ()
+    return _channels(names, "NVIDIA_IMEX_CHANNELS")
+
+
+def _channels(names: list[str], origin: str) -> tuple[int, ...]:
+    for name in names:
+        if not (name.isdecimal() and name.isascii() and len(name) < 8 and int(name) <= _MAX_CHANNEL):
+            raise RequestError(f"`{name}` in {origin} is no IMEX channel", f"they are numbers from 0 to {_MAX_CHANNEL}")
+    return tuple(dict.fromkeys(int(name) for name in names))
+
+
+def _has_mig_right(spec: Spec, right: str) -> bool:
+    variable = f"NVIDIA_MIG_{right.upper()}_DEVICES"
+    value = spec.env.get(variable, "")
+    if not value:
+        return False
+    if not spec.privileged:
+        raise RequestError(
+            f"{variable} is set for a container that is not privileged",
+            "start it with CAP_SYS_ADMIN (`docker run --privileged`), or unset the variable",
+        )
+    if value.lower() != "all":
+        raise RequestError(f"{variable}=`{value}` is not supported", "the one value it can have is `all`")
+    return True
+
+
 def _from_mounts(mounts: list[tuple[str, str]]) -> list[str]:
+    """GPUs, and `imex/<channel>`."""
     devices = []
     for source, destination in mounts:
         place = posixpath.normpath(destination)
@@ -111,8 +183,7 @@ def _from_mounts(mounts: list[tuple[str, str]]) -> list[str]:
             device = device[len("cdi/") :]
             if "=" not in device:  # both spellings are known: vendor/class/device and vendor/class=device
                 device = "=".join(device.rsplit("/", 1))
-        if not device.startswith("imex/"):
-            devices.append(device)
+        devices.append(device)
     return devices
 
 
