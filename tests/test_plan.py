@@ -4,17 +4,22 @@ from __future__ import annotations
 import json
 import os
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import elftools
 import pytest
 
 from nvhook import cli, plan
 from nvhook.container import Layout
 from nvhook.dri import DriNode
 from nvhook.driver import Binary, Driver, File, Library
+from nvhook.edits import Mount
 from nvhook.errors import DeviceError, DriverError
+from nvhook.extras import Data, Extras, Node
 from nvhook.gpus import Gpu, Gpus
 from nvhook.request import Request
 from nvhook.sockets import Socket
@@ -82,7 +87,8 @@ def _short(edit: dict[str, Any]) -> str:
     kind = edit.pop("kind")
     if kind == "mount":
         options = edit.pop("options")
-        assert options in (["ro", "nosuid", "nodev"], ["nosuid", "nodev", "noexec"])
+        assert [item for item in options if item not in ("ro", "noexec")] == ["nosuid", "nodev"]
+        assert {"ro", "noexec"} & set(options)
         return "{source} {arrow} {destination}".format(arrow=">" if "ro" in options else "<>", **edit)
     if kind == "device":
         assert edit.pop("type") == "c"
@@ -273,6 +279,29 @@ def test_devices_of_dri_have_the_hosts_owner() -> None:
     assert expected == [(node.path, node.uid, node.gid, node.mode) for node in nodes if "dri" in node.path]
 
 
+def test_make_extras() -> None:
+    """Their mounts come before the nodes, and the nodes after the driver's, each in the order of the extras."""
+    first, second = Extras(), Extras()
+    first.nodes = [Node("/dev/nvidia-caps/nvidia-cap12", 236, 12, (0, 0, 0o444))]
+    first.data = [Data("/host/proc/access", "/proc/access")]
+    second.nodes = [Node("/dev/gdrdrv", 510, 0, (0, 44, 0o660))]
+    second.data = [Data("/host/run/udev", "/run/udev", "directory")]
+    request = Request(("0",), (), (), "")
+    driver = Driver("9.1", [], [], [])
+    edits = plan.make(request, [GPU0], _gpus(), driver, DEBIAN, extras=[first, second])
+    assert [_short(edit.describe()) for edit in edits] == [
+        "/host/proc/access > /proc/access",
+        "/host/run/udev > /run/udev",
+        GPU,
+        CONTROL,
+        "/dev/nvidia-caps/nvidia-cap12 236:12 rw",
+        "/dev/gdrdrv 510:0 rw",
+    ]
+    assert [edit.what for edit in edits if isinstance(edit, Mount)] == ["file", "directory"]
+    nodes = plan.devices(request, [GPU0], _gpus(), extras=[first, second])
+    assert [(node.uid, node.gid, node.mode) for node in nodes[-2:]] == [(0, 0, 0o444), (0, 44, 0o660)]
+
+
 @pytest.mark.parametrize("capabilities", ["compute", "video"])
 def test_make_without_unified_memory(capabilities: str) -> None:
     with pytest.raises(DeviceError, match="nvidia-uvm kernel module is not loaded; load it with `"):
@@ -436,13 +465,58 @@ def test_plan_utility_whole(planned: Plan, simhost: Callable[[str], Path]) -> No
     assert expected == planned("h200", "0", "utility")
 
 
+def _same_as_table(host: str, made: str, directory: Path) -> None:
+    """Against hosts/`host`.plan, a table for people."""
+    table = (Path(__file__).parent / f"hosts/{host}.plan").read_text()
+    lines = made.replace(f"{directory}/driver/", "HOST/").replace(f"{directory}/", "HOST/").splitlines()
+    assert [line.split() for line in table.splitlines()] == [line.split() for line in lines]
+
+
 @pytest.mark.root
-def test_plan_whole(run: Callable[..., str], simhost: Callable[[str], Path]) -> None:
-    """Everything that a workstation has for a container that asks for all, against a table for people."""
-    env = {"NVIDIA_VISIBLE_DEVICES": "all", "NVIDIA_DRIVER_CAPABILITIES": "all"}
-    made = run("workstation", env, form=()).replace(f"{simhost('workstation')}/driver/", "HOST/")
-    table = (Path(__file__).parent / "hosts/workstation-debian12.plan").read_text()
-    assert [line.split() for line in table.splitlines()] == [line.split() for line in made.splitlines()]
+@pytest.mark.parametrize(
+    ("host", "env"),
+    [
+        pytest.param("workstation-debian12", {"NVIDIA_DRIVER_CAPABILITIES": "all"}, id="workstation"),
+        pytest.param(
+            "a100x8-mig-ubuntu22",
+            {
+                "NVIDIA_VISIBLE_DEVICES": "MIG-GPU-b8ea0b71-ce42-5a07-96ba-14bf6ece0cfc/1/1,5",
+                "NVIDIA_GDS": "enabled",
+                "NVIDIA_MOFED": "enabled",
+                "NVIDIA_GDRCOPY": "enabled",
+                "NVIDIA_NVSWITCH": "enabled",
+            },
+            id="mig-device-and-features",
+        ),
+    ],
+)
+def test_plan_whole(run: Callable[..., str], simhost: Callable[[str], Path], host: str, env: dict[str, str]) -> None:
+    made = run(host, {"NVIDIA_VISIBLE_DEVICES": "all", **env}, form=())
+    _same_as_table(host, made, simhost(host))
+
+
+# The machine's name is all that a plan takes of the machine that it is made on.
+_ELSEWHERE = """
+import os, sys
+sys.path[:0] = sys.argv[1:3]
+os.uname = lambda: os.uname_result(("Linux", "host", "6.8", "1", "aarch64"))
+from nvhook import cli
+sys.exit(cli.main(sys.argv[4:], sys.argv[3]))
+"""
+
+
+@pytest.mark.root
+def test_plan_whole_on_aarch64(simhost: Callable[[str], Path], rootfs: Path) -> None:
+    host = simhost("gb200x4")
+    hook = Path(cli.__file__).parent.parent
+    env = ["NVIDIA_VISIBLE_DEVICES=1", "NVIDIA_IMEX_CHANNELS=1,7"]
+    words = ["plan", "--rootfs", str(rootfs), *(f"--env={item}" for item in env)]
+    places = [str(hook), str(Path(elftools.__file__).parent.parent), str(host / "config.toml")]
+    done = subprocess.run(
+        [sys.executable, "-IS", "-c", _ELSEWHERE, *places, *words], capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    _same_as_table("gb200x4-ubuntu24", done.stdout, host)
 
 
 @pytest.mark.root
@@ -495,6 +569,14 @@ def test_plan_chooses(planned: Plan, host: str, device: str, expected: list[tupl
 
 
 @pytest.mark.root
+def test_plan_of_mig_devices_names_them(planned: Plan) -> None:
+    document = planned("a100x8", "MIG-GPU-b8ea0b71-ce42-5a07-96ba-14bf6ece0cfc/1/1", "utility")
+    assert list(document) == ["request", "driver", "gpus", "mig_devices", "edits"]
+    assert [gpu["index"] for gpu in document["gpus"]] == [3]
+    assert document["mig_devices"] == [{"gpu": 3, "gi": 1, "ci": 1}]
+
+
+@pytest.mark.root
 @pytest.mark.parametrize(
     ("capabilities", "directories"),
     [
@@ -531,6 +613,18 @@ def test_plan_32_bit_libraries_with_compat32_alone(planned: Plan, capabilities: 
             {"NVIDIA_DRIVER_CAPABILITIES": "sound"},
             "request error: unknown capability `sound`",
             id="capability",
+        ),
+        pytest.param(
+            "a100x8",
+            {"NVIDIA_VISIBLE_DEVICES": "MIG-GPU-b8ea0b71-ce42-5a07-96ba-14bf6ece0cfc/1/2"},
+            "device error: unknown MIG device `MIG-GPU-b8ea0b71-ce42-5a07-96ba-14bf6ece0cfc/1/2`; GPU 3 (GPU-b8ea0b71-",
+            id="mig-device",
+        ),
+        pytest.param(
+            "a100x2",
+            {"NVIDIA_IMEX_CHANNELS": "0"},
+            "device error: IMEX channel 0 is asked for and the driver has none",
+            id="imex-channel",
         ),
     ],
 )

@@ -9,8 +9,22 @@ import json
 import os
 import sys
 
+from . import (
+    caps,
+    configure,
+    container,
+    dri,
+    features,
+    gpus,
+    inventory,
+    mig,
+    plan,
+    request,
+    requirements,
+    sockets,
+    spec,
+)
 from . import config as configuration
-from . import configure, container, dri, gpus, inventory, plan, request, requirements, sockets, spec
 from .errors import NvhookError, SpecError, reason
 from .linux.root import DIRECTORY, Root
 from .version import VERSION
@@ -95,22 +109,24 @@ def _plan(options: argparse.Namespace, config: Config, warnings: list[str]) -> N
         _print(document, [], as_json=options.json)
         return
     host = gpus.read(config.proc_root)
-    chosen = gpus.select(asked.devices, host.gpus)
+    chosen = gpus.select(asked.devices, host, mig.reporter(config, host, warnings, keep=False))
     requirements.check(asked.requirements, requirements.facts_of(host.driver_version))
     found = inventory.load(config, host.driver_version, warnings, keep=False)
     edits = plan.make(
         asked,
-        chosen,
+        chosen.gpus,
         host,
         found,
         container.layout(_root(described.rootfs)),
-        dri_nodes=dri.find(config, asked, chosen),
+        dri_nodes=dri.find(config, asked, chosen.gpus),
         sockets=sockets.find(config.driver_root),
+        extras=[caps.find(config, asked, chosen, host), features.find(config, asked, warnings)],
     )
     document = {
         "request": asked.describe(),
         "driver": {"version": found.version},
-        "gpus": [gpu.describe() for gpu in chosen],
+        "gpus": [gpu.describe() for gpu in chosen.gpus],
+        **({"mig_devices": [item.describe() for item in chosen.migs]} if chosen.migs else {}),
         "edits": [edit.describe() for edit in edits],
     }
     _print(document, edits, as_json=options.json)

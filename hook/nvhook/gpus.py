@@ -9,7 +9,12 @@ from __future__ import annotations
 
 import os
 
+from . import mig
 from .errors import DeviceError, reason
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from .mig import Instances, MigDevice, Reporter
 
 _LOAD_HINT = "load it with `modprobe nvidia`, or install the NVIDIA driver on this host"
 
@@ -43,9 +48,10 @@ class Gpus:
     gpus             those that the driver uses, in NVML's order
     majors           name -> character device major, from /proc/devices
     node_owner       (uid, gid, mode) that the module wants its device nodes to have
+    instances        the MIG devices
     """
 
-    __slots__ = ("driver_version", "gpus", "majors", "node_owner")
+    __slots__ = ("driver_version", "gpus", "instances", "majors", "node_owner")
 
     def __init__(
         self,
@@ -53,34 +59,49 @@ class Gpus:
         gpus: list[Gpu],
         majors: dict[str, int],
         node_owner: tuple[int, int, int],
+        instances: Instances | None = None,
     ) -> None:
         self.driver_version = driver_version
         self.gpus = gpus
         self.majors = majors
         self.node_owner = node_owner
+        self.instances = instances or {}
+
+
+class Selection:
+    """What a container has asked for: `gpus` in NVML's order, and `migs`, whose GPUs are among them."""
+
+    __slots__ = ("gpus", "migs")
+
+    def __init__(self, gpus: list[Gpu], migs: list[MigDevice]) -> None:
+        self.gpus = gpus
+        self.migs = migs
 
 
 def read(proc_root: str) -> Gpus:
     """Reads `proc_root`/proc; DeviceError when the kernel module is not there or says something unreadable."""
     proc = os.path.join(proc_root, "proc")
     version = _driver_version(proc)
-    return Gpus(version, _gpus(proc), _majors(proc), _node_owner(proc))
+    return Gpus(version, _gpus(proc), _majors(proc), _node_owner(proc), mig.instances(proc))
 
 
-def select(devices: tuple[str, ...], gpus: list[Gpu]) -> list[Gpu]:
-    """The GPUs that `devices` (a Request's) names, in NVML's order, each once.
+def select(devices: tuple[str, ...], host: Gpus, report: Reporter) -> Selection:
+    """What `devices` (a Request's) names of `host`, in NVML's order, each once.
 
-    An id is an index, a UUID or the beginning of one, or a PCI bus id. DeviceError, with the list of what exists,
-    for one that names no GPU or several.
+    An id is an index, a UUID or the beginning of one, a PCI bus id, or the name of a MIG device (mig.py).
+    DeviceError, with the list of what exists, for one that names nothing or several.
     """
     if devices == ("none",):
-        return []
+        return Selection([], [])
     if devices == ("all",):
-        if not gpus:
+        if not host.gpus:
             raise DeviceError("all GPUs are asked for and the driver has none", "see `dmesg | grep -i nvrm`")
-        return gpus
-    chosen = {_find(device, gpus).index for device in devices}
-    return [gpu for gpu in gpus if gpu.index in chosen]
+        return Selection(host.gpus, mig.every(host))
+    found = [mig.find(device, host, report) for device in devices if mig.is_name(device)]
+    migs = {(item.gpu.index, item.gi, item.ci): item for item in found}
+    chosen = {_find(device, host.gpus).index for device in devices if not mig.is_name(device)}
+    chosen |= {item.gpu.index for item in found}
+    return Selection([gpu for gpu in host.gpus if gpu.index in chosen], [migs[key] for key in sorted(migs)])
 
 
 def _find(device: str, gpus: list[Gpu]) -> Gpu:
@@ -109,8 +130,6 @@ def _listed(gpus: list[Gpu]) -> str:
 
 
 def _uuid_hint(device: str, gpus: list[Gpu]) -> str:
-    if device.lower().startswith("mig-"):
-        return "; MIG devices are not supported by this version"
     if device.lower().startswith("gpu-") and any("?" in gpu.uuid for gpu in gpus):
         return "; a UUID with question marks is known once the GPU is initialised: run `nvidia-smi -L` on the host"
     return ""
@@ -154,7 +173,7 @@ def _gpus(proc: str) -> list[Gpu]:
     except OSError as error:
         raise DeviceError(f"read `{directory}`: {reason(error)}") from None
     for address in sorted(addresses, key=lambda name: _pci_address(name) or (1 << 32, 0, 0, 0)):
-        values = _information(os.path.join(directory, address, "information"))
+        values = information(os.path.join(directory, address, "information"))
         # NVML numbers only the GPUs that the module was not told to leave alone.
         if values.get("GPU Excluded", "No") != "Yes":
             minor = values.get("Device Minor", "")
@@ -165,7 +184,8 @@ def _gpus(proc: str) -> list[Gpu]:
     return found
 
 
-def _information(path: str) -> dict[str, str]:
+def information(path: str) -> dict[str, str]:
+    """Name -> value of a file of the driver's below /proc, a line each; DeviceError where it cannot be read."""
     try:
         lines = _read(path).splitlines()
     except OSError as error:
@@ -193,7 +213,7 @@ def _majors(proc: str) -> dict[str, int]:
 
 def _node_owner(proc: str) -> tuple[int, int, int]:
     try:
-        values = _information(os.path.join(proc, "driver/nvidia/params"))
+        values = information(os.path.join(proc, "driver/nvidia/params"))
         return (
             int(values.get("DeviceFileUID", "0")),
             int(values.get("DeviceFileGID", "0")),

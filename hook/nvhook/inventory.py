@@ -15,7 +15,7 @@ import stat
 from . import quickjson
 from .config import Config
 from .driver import Binary, Driver, File, Library
-from .errors import reason
+from .errors import DriverError, reason
 
 _NAME = "inventory.json"
 _FORMAT = 2
@@ -24,6 +24,9 @@ _MAX_SIZE = 4 << 20
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any  # noqa: TID251 - never at run time
+
+    from .gpus import Gpus
+    from .nvml import Report
 
     Json = dict[str, Any]
 
@@ -153,3 +156,14 @@ def _write(path: str, origin: Json, driver: Driver) -> None:
     except OSError:
         os.unlink(beside)
         raise
+
+
+def report(
+    config: Config, gpus: Gpus, driver: Driver, warnings: list[str], *, again: bool = False, keep: bool = True
+) -> Report:
+    """What NVML knows of the host's GPUs; DriverError where it cannot be asked."""
+    del config, gpus, warnings, again, keep
+    raise DriverError(
+        f"NVML of driver {driver.version} is not asked by this version of nvhook",
+        "name a MIG device by its GPU and its instances: MIG-GPU-<uuid>/<GPU instance>/<compute instance>",
+    )

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from .container import Layout
     from .dri import DriNode
     from .driver import Driver, Library
+    from .extras import Extras
     from .gpus import Gpu, Gpus
     from .request import Request
     from .sockets import Socket
@@ -29,6 +30,7 @@ _MODESET_MINOR = 254
 
 _READ_ONLY = ("ro", "nosuid", "nodev")
 _WRITABLE = ("nosuid", "nodev", "noexec")
+_DATA = ("ro", "nosuid", "nodev", "noexec")
 
 # What a program may open by a name that is neither the file's nor its SONAME: SONAME -> that name, and its target.
 _FURTHER_LINKS = {
@@ -54,10 +56,12 @@ def make(
     *,
     dri_nodes: Sequence[DriNode] = (),
     sockets: Sequence[Socket] = (),
+    extras: Sequence[Extras] = (),
 ) -> list[Edit]:
     """The edits for a container of this `layout`. DriverError or DeviceError where the host lacks a part.
 
-    `dri_nodes` and `sockets` are what the host has at this moment: dri.find(), sockets.find().
+    `dri_nodes`, `sockets` and `extras` are what the host has at this moment: dri.find(), sockets.find(), caps.find()
+    and features.find().
     """
     libraries = _libraries(request, driver)
     asked = set(request.capabilities)
@@ -80,6 +84,7 @@ def make(
     edits += [
         Mount(item.path, item.destination, _WRITABLE, item.what) for item in sockets if asked & set(item.capabilities)
     ]
+    edits += [Mount(item.path, item.destination, _DATA, item.what) for extra in extras for item in extra.data]
     for library in libraries:
         edits += _links(library, layout.libraries if library.bits == 64 else layout.libraries32)
         if library.soname == _GBM_LIBRARY and asked & {"display", "graphics"}:
@@ -93,14 +98,21 @@ def make(
     ]
     for node in _dri_nodes(request, chosen, dri_nodes):
         edits.append(Symlink(f"/dev/dri/by-path/pci-{node.pci}-{node.role}", f"../{node.name}"))
-    edits += devices(request, chosen, gpus, dri_nodes)
+    edits += devices(request, chosen, gpus, dri_nodes, extras)
     if directories:
         edits.append(Ldcache(tuple(directories), tuple(names)))
     return edits
 
 
-def devices(request: Request, chosen: list[Gpu], gpus: Gpus, dri_nodes: Sequence[DriNode] = ()) -> list[Device]:
-    """The device nodes: control, unified memory, mode setting and DRI as the capabilities say, one for each GPU."""
+def devices(
+    request: Request,
+    chosen: list[Gpu],
+    gpus: Gpus,
+    dri_nodes: Sequence[DriNode] = (),
+    extras: Sequence[Extras] = (),
+) -> list[Device]:
+    """The device nodes: one for each GPU; control, unified memory, mode setting and DRI as the capabilities say; those
+    of `extras`."""
     uid, gid, mode = gpus.node_owner
 
     def node(name: str, major: int, minor: int) -> Device:
@@ -124,6 +136,9 @@ def devices(request: Request, chosen: list[Gpu], gpus: Gpus, dri_nodes: Sequence
     for item in _dri_nodes(request, chosen, dri_nodes):
         owner, group, bits = item.owner
         nodes.append(Device(f"/dev/dri/{item.name}", item.major, item.minor, "rw", mode=bits, uid=owner, gid=group))
+    for extra in [extra for found in extras for extra in found.nodes]:
+        owner, group, bits = extra.owner
+        nodes.append(Device(extra.path, extra.major, extra.minor, "rw", mode=bits, uid=owner, gid=group))
     return nodes
 
 

@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import sys
 
+from . import caps, dri, features, inventory, leftovers, mig, plan, request, requirements, sockets, spec
 from . import container as containers
-from . import dri, inventory, leftovers, plan, request, requirements, sockets, spec
 from . import edits as editing
 from . import gpus as hosts
 from .errors import ContainerError, DriverError, SpecError, reason
@@ -76,18 +76,19 @@ def _note(
 def prepare(config: Config, asked: Request, container: Container, warnings: list[str]) -> list[editing.Edit]:
     """The edits, their sources open. An inventory that names a file which has gone is made again, once."""
     gpus = hosts.read(config.proc_root)
-    chosen = hosts.select(asked.devices, gpus.gpus)
+    chosen = hosts.select(asked.devices, gpus, mig.reporter(config, gpus, warnings))
     requirements.check(asked.requirements, requirements.facts_of(gpus.driver_version))
     for again in (False, True):
         driver = inventory.load(config, gpus.driver_version, warnings, again=again)
         edits = plan.make(
             asked,
-            chosen,
+            chosen.gpus,
             gpus,
             driver,
             container.layout,
-            dri_nodes=dri.find(config, asked, chosen),
+            dri_nodes=dri.find(config, asked, chosen.gpus),
             sockets=sockets.find(config.driver_root),
+            extras=[caps.find(config, asked, chosen, gpus), features.find(config, asked, warnings)],
         )
         try:
             _prepare(edits, config)

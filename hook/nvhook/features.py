@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What goes with GPUs and is of other drivers: GPUDirect Storage, Mellanox' InfiniBand, GDRCopy, NVSwitches.
+
+A container asks for each by a variable (NVIDIA_GDS=enabled), beside its GPUs; it gets the device nodes that the host
+has at this moment, with their numbers and owners.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+
+from .extras import Data, Extras, Node
+from .linux.root import DIRECTORY, Root
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from .config import Config
+    from .request import Request
+
+# Feature -> its nodes; a star at the end stands for anything. In NVIDIA's order.
+NODES: dict[str, tuple[str, ...]] = {
+    "gds": ("/dev/nvidia-fs*",),
+    "mofed": ("/dev/infiniband/uverbs*", "/dev/infiniband/rdma_cm"),
+    "gdrcopy": ("/dev/gdrdrv",),
+    "nvswitch": ("/dev/nvidia-nvswitchctl", "/dev/nvidia-nvswitch*"),
+}
+# Feature -> what its programs read besides, and which kind of file it is.
+_DATA = {"gds": (("/run/udev", "directory"), ("/etc/cufile.json", "file"))}
+_TYPES = {"directory": stat.S_IFDIR, "file": stat.S_IFREG}
+
+
+def find(config: Config, request: Request, warnings: list[str]) -> Extras:
+    """What the host has of the features in `request`; one of which it has nothing is named in `warnings`."""
+    found = Extras()
+    for feature in request.features:
+        nodes = [node for pattern in NODES[feature] for node in _nodes(config.dev_root, pattern)]
+        if not nodes:
+            names = " or ".join(f"`{pattern}`" for pattern in NODES[feature])
+            warnings.append(f"NVIDIA_{feature.upper()}=enabled gives nothing: this host has no {names}")
+            continue
+        found.nodes += {node.path: node for node in nodes}.values()
+        found.data += _files(config.driver_root, feature)
+    return found
+
+
+def _nodes(dev_root: str, pattern: str) -> list[Node]:
+    directory, start = os.path.split(pattern)
+    top = dev_root.rstrip("/") + directory
+    try:
+        names = os.listdir(top) if start.endswith("*") else [start]
+    except OSError:
+        return []
+    matching = [name for name in sorted(names) if name.startswith(start.rstrip("*"))]
+    return [node for name in matching for node in _node(f"{top}/{name}", f"{directory}/{name}")]
+
+
+def _node(path: str, name: str) -> list[Node]:
+    try:
+        status = os.stat(path, follow_symlinks=False)
+    except OSError:
+        return []
+    if not stat.S_ISCHR(status.st_mode):
+        return []
+    owner = status.st_uid, status.st_gid, status.st_mode & 0o777
+    return [Node(name, os.major(status.st_rdev), os.minor(status.st_rdev), owner)]
+
+
+def _files(driver_root: str, feature: str) -> list[Data]:
+    try:
+        root = Root(os.open(driver_root, DIRECTORY))
+    except OSError:
+        return []
+    try:
+        found = [(_real_path(root, path, what), path, what) for path, what in _DATA.get(feature, ())]
+    finally:
+        os.close(root.fd)
+    return [Data(real, path, what) for real, path, what in found if real]
+
+
+def _real_path(root: Root, path: str, what: str) -> str:
+    """The path without links; empty where there is none, or another kind of file."""
+    try:
+        fd = root.open(path)
+    except OSError:
+        return ""
+    try:
+        return os.readlink(f"/proc/self/fd/{fd}") if stat.S_IFMT(os.fstat(fd).st_mode) == _TYPES[what] else ""
+    finally:
+        os.close(fd)
