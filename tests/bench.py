@@ -4,8 +4,8 @@
     python3 tests/bench.py [--runs N] [--rows a,b] [--real] [--peer DIR] [--json FILE]
 
 Every row is measured in one go, its sides in turn; what is printed is the ratio of their medians, beside its target. A
-start is `create`, `start` and `delete` of a container that only exits, on a root filesystem of its own (an overlay, as an
-engine makes it). nvhook is installed as users install it; the host is a simulated one, or with --real this machine.
+start is `create`, `start` and `delete` of a container that only exits, on a root filesystem of its own (an overlay, as
+engines make it). nvhook is installed as users install it; the host is a simulated one, or with --real this machine.
 
 --peer DIR adds another runtime's nvidia-container-runtime, with what it needs of this machine, to the row `gpu`.
 """
