@@ -19,9 +19,9 @@ import pytest
 
 from nvhook import config, edits
 from nvhook.container import Container, layout
-from nvhook.edits import Device, Edit, Ldcache, Mount, Symlink
+from nvhook.edits import Device, Edit, File, Ldcache, Mount, Symlink, Tmpfs
 from nvhook.errors import MountError, NvhookError
-from nvhook.linux import kernel, ldcache
+from nvhook.linux import kernel, ldcache, tmpfs
 from nvhook.linux.root import DIRECTORY, Root
 from simhost import cachewriter
 
@@ -126,14 +126,15 @@ def _absent(*_: object, **__: object) -> int:
     raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
 
 
-@pytest.fixture(params=["new-calls", "no-openat2", "no-open_tree", "no-mount_setattr", "none-of-them"])
+@pytest.fixture(params=["new-calls", "no-openat2", "no-open_tree", "no-mount_setattr", "no-fsopen", "none-of-them"])
 def place(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Place:
     missing = {
         "new-calls": [],
         "no-openat2": ["openat2"],
         "no-open_tree": ["open_tree"],
         "no-mount_setattr": ["mount_setattr"],
-        "none-of-them": ["openat2", "open_tree", "mount_setattr"],
+        "no-fsopen": ["fsopen"],
+        "none-of-them": ["openat2", "open_tree", "mount_setattr", "fsopen"],
     }[request.param]
     for name in missing:
         monkeypatch.setattr(kernel, name, _absent)
@@ -390,6 +391,219 @@ def test_source_that_has_become_something_else(place: Place, what: str, now: str
         Mount(str(source), "/usr/here", IPC, what).prepare(config.load("/nonexistent"))
 
 
+PROC = "/proc/driver/nvidia"
+PROC_OPTIONS = ("ro", "nosuid", "nodev", "noexec")
+
+
+def cover(*, only_over: bool = True) -> list[Edit]:
+    """A tmpfs with a file, and with a file and a directory of the host's procfs."""
+    top = Tmpfs(PROC, only_over=only_over)
+    return [
+        top,
+        File(top, "params", "ModifyDeviceFiles: 0\n"),
+        Mount("/proc/version", f"{PROC}/capabilities/mig/config", PROC_OPTIONS, inside=top),
+        Mount("/proc/tty", f"{PROC}/gpus/0000:07:00.0", PROC_OPTIONS, "directory", inside=top),
+    ]
+
+
+def _host_proc(place: Place) -> None:
+    others = place.root / "proc/driver/nvidia/gpus/0000:41:00.0"
+    others.mkdir(parents=True)
+    (others.parent.parent / "params").write_text("ModifyDeviceFiles: 1\n")
+
+
+@pytest.mark.parametrize("owner", [(0, 0), (1234, 1234)], ids=["root", "user-namespace"])
+def test_tmpfs(place: Place, owner: tuple[int, int]) -> None:
+    """The owner is who files are made as: root of a user namespace has no capability to write in spite of a mode."""
+    _host_proc(place)
+    before = tree(place.root)
+    wanted = cover()
+
+    def look() -> None:
+        kernel.setfsuid(0)
+        kernel.setfsgid(0)
+        top = place.root / PROC[1:]
+        assert sorted(os.listdir(top)) == ["capabilities", "gpus", "params"]
+        assert os.listdir(top / "gpus") == ["0000:07:00.0"]
+        assert (top / "params").read_text() == "ModifyDeviceFiles: 0\n"
+        assert (top / "capabilities/mig/config").read_text() == Path("/proc/version").read_text()
+        assert "drivers" in os.listdir(top / "gpus/0000:07:00.0")
+        modes = [stat.S_IMODE(path.stat().st_mode) for path in (top, top / "params", top / "gpus")]
+        assert modes == [0o555, 0o444, 0o755]
+        assert (top.stat().st_uid, top.stat().st_gid) == owner
+        assert set(place.mounts()) == {PROC, f"{PROC}/capabilities/mig/config", f"{PROC}/gpus/0000:07:00.0"}
+        for options in place.mounts().values():
+            assert set(PROC_OPTIONS) <= options
+            assert not {item for item in options if item.startswith(("shared", "master"))}
+        for path in (top / "new", top / "gpus/new", top / "params"):
+            with pytest.raises(OSError, match="Read-only"):
+                path.write_text("x")
+
+    assert place.apply(_FilesAs(owner), *wanted, after=look) == ""
+    assert before == tree(place.root)
+    assert [edit.traces for edit in wanted] == [[]] * 4
+
+
+class _FilesAs(Edit):
+    """Not an edit of ours: makes files as somebody else, as Container.enter does in a user namespace."""
+
+    def __init__(self, owner: tuple[int, int]) -> None:
+        super().__init__()
+        self.owner = owner
+
+    def apply(self, container: Container) -> None:  # noqa: ARG002
+        kernel.setfsgid(self.owner[1])
+        kernel.setfsuid(self.owner[0])
+
+
+def test_tmpfs_over_nothing(place: Place) -> None:
+    """The nvidia kernel module is not loaded, or the container has no /proc: nothing to cover, and nothing is made."""
+    before = tree(place.root)
+    assert place.apply(*cover(), after=lambda: _no_mounts(place)) == ""
+    assert before == tree(place.root)
+
+
+def _no_mounts(place: Place) -> None:
+    assert place.mounts() == {}
+
+
+def test_tmpfs_makes_its_directory(place: Place) -> None:
+    wanted = cover(only_over=False)
+    reading, writing = os.pipe()
+
+    def look() -> None:
+        _is(place, f"{PROC}/params", "ModifyDeviceFiles: 0\n")
+        os.write(writing, repr([edit.traces for edit in wanted]).encode())
+
+    assert place.apply(*wanted, after=look) == ""
+    os.close(writing)
+    made = [{"kind": "directory", "path": path} for path in ("/proc", "/proc/driver", PROC)]
+    with os.fdopen(reading) as pipe:
+        assert pipe.read() == repr([made, [], [], []])
+    assert place.apply(*wanted) == ""  # a second start, on what the first left
+    assert os.listdir(place.root / PROC[1:]) == []
+
+
+@pytest.mark.parametrize("trap", [*(name for name in TRAPS if name != "directory"), "file", "link-in", *LINKS])
+@pytest.mark.parametrize("only_over", [True, False], ids=["over", "made"])
+def test_tmpfs_on_what_is_no_directory(place: Place, trap: str, only_over: bool) -> None:
+    target = place.root / PROC[1:]
+    target.parent.mkdir(parents=True)
+    if trap in TRAPS:
+        TRAPS[trap](target)
+    elif trap == "file":
+        target.touch()
+    elif trap == "link-in":
+        target.symlink_to("/usr")
+    else:
+        target.symlink_to(LINKS[trap].format(canary=place.canary).replace("/file", "").replace("libx.so.1.2", "nvidia"))
+    edit = Tmpfs(PROC, only_over=only_over)
+    before = tree(place.directory)
+    line = place.apply(edit, File(edit, "params", "x"), after=lambda: _no_mounts(place))
+    assert line.startswith(f"mount error: mount a tmpfs on `{PROC}`: the image has a")
+    assert before == tree(place.directory)
+
+
+@pytest.mark.parametrize("link", ANCESTORS)
+def test_tmpfs_below_a_link_stays_inside(place: Place, link: str) -> None:
+    (place.root / "proc").symlink_to(ANCESTORS[link].format(canary=place.canary).replace("lib64", "proc"))
+    before = tree(place.canary)
+    edit = Tmpfs(PROC)
+    place.apply(edit, File(edit, "params", "x"))
+    assert before == tree(place.canary)
+
+
+@pytest.mark.parametrize("link", LINKS)
+def test_tmpfs_directory_swapped_for_a_link(place: Place, monkeypatch: pytest.MonkeyPatch, link: str) -> None:
+    _host_proc(place)
+    target = place.root / PROC[1:]
+    look = edits._look
+
+    def quick(parent: int, name: str) -> os.stat_result | None:
+        status = look(parent, name)
+        target.rename(target.with_name("away"))
+        target.symlink_to(LINKS[link].format(canary=place.canary).replace("/file", ""))
+        return status
+
+    before = tree(place.canary)
+    monkeypatch.setattr(edits, "_look", quick)
+    edit = Tmpfs(PROC)
+    line = place.apply(edit, File(edit, "params", "x"), after=lambda: _no_mounts(place))
+    assert line.startswith(f"mount error: mount a tmpfs on `{PROC}`: ")
+    assert before == tree(place.canary)
+
+
+def test_file_is_written_where_the_tmpfs_is(place: Place) -> None:
+    """Whatever its place is called by then: nothing is looked up by name after the mount."""
+    edit = Tmpfs(PROC)
+
+    class Swap(Edit):
+        def apply(self, container: Container) -> None:  # noqa: ARG002
+            (place.root / "proc").rename(place.root / "gone")
+            (place.root / "proc/driver/nvidia").mkdir(parents=True)
+
+    def look() -> None:
+        _is(place, "/gone/driver/nvidia/params", "x")
+        assert os.listdir(place.root / PROC[1:]) == []
+
+    assert place.apply(edit, Swap(), File(edit, "params", "x"), after=look) == ""
+
+
+def test_file_twice(place: Place) -> None:
+    edit = Tmpfs(PROC)
+    before = tree(place.root)
+    line = place.apply(edit, File(edit, "params", "x"), File(edit, "params", "y"), after=lambda: _no_mounts(place))
+    assert line == f"mount error: write `{PROC}/params`: file exists"
+    assert before == tree(place.root)
+
+
+@pytest.mark.parametrize("mask", [0o077, 0o777])
+def test_tmpfs_modes_whatever_the_umask(place: Place, mask: int) -> None:
+    edit = Tmpfs("/usr/here")
+
+    def look() -> None:
+        modes = [stat.S_IMODE((place.root / path).stat().st_mode) for path in ("usr/here", "usr/here/params")]
+        assert modes == [0o555, 0o444]
+
+    former = os.umask(mask)
+    try:
+        assert place.apply(edit, File(edit, "params", "x"), after=look) == ""
+    finally:
+        os.umask(former)
+
+
+@pytest.mark.parametrize("only_over", [True, False])
+@pytest.mark.parametrize("broken", range(1, 5))
+def test_tmpfs_is_undone(place: Place, broken: int, only_over: bool) -> None:
+    if only_over:
+        _host_proc(place)
+    wanted = cover(only_over=only_over)
+    before = tree(place.directory)
+    wanted.insert(broken, _Broken())
+    assert place.apply(*wanted, after=lambda: _no_mounts(place)) == "mount error: broken"
+    assert before == tree(place.directory)
+
+
+def test_tmpfs_that_cannot_be_sealed_is_undone(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    def seal(*_: object) -> None:
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    _host_proc(place)
+    wanted = cover()
+    before = tree(place.directory)
+    monkeypatch.setattr(tmpfs, "seal", seal)
+    line = place.apply(*wanted, after=lambda: _no_mounts(place))
+    assert line == f"mount error: make the tmpfs on `{PROC}` read-only: operation not permitted"
+    assert before == tree(place.directory)
+
+
+def test_tmpfs_where_the_host_would_have_it_too(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    _host_proc(place)
+    monkeypatch.setattr(Container, "shares", lambda *_: True)
+    line = place.apply(*cover(), after=lambda: _no_mounts(place))
+    assert line.startswith(f"mount error: mount a tmpfs on `{PROC}`: a volume is there that shares its mounts")
+
+
 def node() -> Device:
     return Device("/dev/nvidia0", 60, 7, "rw", mode=0o640, uid=3, gid=4)
 
@@ -411,8 +625,7 @@ def test_device_of_other_numbers_in_the_way(place: Place) -> None:
 
 def test_device_where_nodes_cannot_be_opened_and_the_host_has_none(place: Place) -> None:
     (place.root / "dev").mkdir()
-    tmpfs = _Tmpfs(place.root / "dev", kernel.MS_NODEV)
-    line = place.apply(tmpfs, node())
+    line = place.apply(_Tmpfs(place.root / "dev", kernel.MS_NODEV), node())
     assert line == "mount error: make device `/dev/nvidia0`: has to be bound, and `/dev/nvidia0` is not 60:7"
 
 

@@ -16,7 +16,7 @@ import stat
 
 from . import leftovers
 from .errors import LdcacheError, MountError, reason
-from .linux import bind, ldmerge
+from .linux import bind, ldmerge, tmpfs
 from .linux.root import DIRECTORY, Root
 
 TYPE_CHECKING = False
@@ -63,6 +63,9 @@ class Edit:
         """In the container's mount namespace. MountError or LdcacheError."""
         raise NotImplementedError
 
+    def finish(self) -> None:
+        """There as well, when all edits have been applied. MountError."""
+
     def undo(self) -> None:
         """Take back, newest first; what cannot be taken back is left, so that the rest still is."""
         while self._undo:
@@ -101,7 +104,7 @@ class Edit:
         self._undo.append(_remover(os.unlink, parent, name))
         self.traces.append({"kind": "file", "path": path})
 
-    def _attach(self, container: Container, source: bind.Source, parent: int, name: str) -> None:
+    def _attach(self, container: Container, attach: Callable[[int, str], int], parent: int, name: str) -> int:
         """Mount on what is there; not in a volume that shares its mounts, where the host would have it as well."""
         target = os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=parent)
         try:
@@ -109,8 +112,9 @@ class Edit:
                 raise OSError(errno.EXDEV, "a volume is there that shares its mounts with the host; mount it as rslave")
         finally:
             os.close(target)
-        mounted = source.attach(parent, name)
+        mounted = attach(parent, name)
         self._undo.append(lambda: bind.detach(mounted))
+        return mounted
 
 
 def _remover(remove: Callable[..., None], parent: int, name: str) -> Callable[[], None]:
@@ -153,14 +157,107 @@ _MOUNTABLE = {
 }
 
 
-class Mount(Edit):
-    """A file, socket or directory (`what`) of the host, bound; `source` is an absolute path without links."""
+class Tmpfs(Edit):
+    """A file system of our own on the directory `destination`; read-only once all edits have been applied.
 
-    __slots__ = ("_source", "destination", "options", "source", "what")
+    What goes into it (`inside`) is made by the descriptor of the mount: nothing of the container is looked up again.
+    With `only_over` the directory has to be there, and it and all that goes inside are left out where it is not.
+    """
+
+    __slots__ = ("_only_over", "destination", "root")
     kind = "mount"
 
-    def __init__(self, source: str, destination: str, options: tuple[str, ...], what: str = "file") -> None:
+    def __init__(self, destination: str, *, only_over: bool = False) -> None:
         super().__init__()
+        self.destination = destination
+        self.root: Root | None = None  # once it is mounted
+        self._only_over = only_over
+
+    def describe(self) -> dict[str, object]:
+        options = ["ro", "nosuid", "nodev", "noexec", "mode=0555"]
+        return {"kind": self.kind, "source": "tmpfs", "destination": self.destination, "options": options}
+
+    def apply(self, container: Container) -> None:
+        try:
+            if self._only_over and not self._is_there(container):
+                return
+            parent, name = self._parent(container, self.destination)
+            try:
+                status = _look(parent, name)
+                if status is None:
+                    self._create(parent, self.destination, directory=True)
+                elif not stat.S_ISDIR(status.st_mode):
+                    raise OSError(errno.EEXIST, f"the image has {_kind_of(status)} there")
+                self.root = Root(self._attach(container, tmpfs.attach, parent, name))
+            finally:
+                os.close(parent)
+        except OSError as error:
+            raise MountError(f"mount a tmpfs on `{self.destination}`: {reason(error)}") from None
+
+    def _is_there(self, container: Container) -> bool:
+        try:
+            os.close(container.root.open(self.destination, os.O_PATH | os.O_NOFOLLOW))
+        except FileNotFoundError:
+            return False
+        return True
+
+    def finish(self) -> None:
+        if self.root is None:
+            return
+        try:
+            tmpfs.seal(self.root.fd, 0o555)
+        except OSError as error:
+            raise MountError(f"make the tmpfs on `{self.destination}` read-only: {reason(error)}") from None
+
+
+class File(Edit):
+    """A new file with `content` in a tmpfs of ours, with which it goes; `name` is of one component."""
+
+    __slots__ = ("_inside", "_name", "content")
+    kind = "file"
+
+    def __init__(self, inside: Tmpfs, name: str, content: str) -> None:
+        super().__init__()
+        self._inside = inside
+        self._name = name
+        self.content = content
+
+    def describe(self) -> dict[str, object]:
+        return {"kind": self.kind, "path": f"{self._inside.destination}/{self._name}", "content": self.content}
+
+    def apply(self, container: Container) -> None:  # noqa: ARG002 - nothing of it is looked up
+        if self._inside.root is None:
+            return
+        try:
+            flags = os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_WRONLY | os.O_CLOEXEC
+            fd = os.open(self._name, flags, 0o444, dir_fd=self._inside.root.fd)
+            with open(fd, "wb") as file:
+                os.fchmod(fd, 0o444)
+                file.write(self.content.encode())
+        except OSError as error:
+            raise MountError(f"write `{self._inside.destination}/{self._name}`: {reason(error)}") from None
+
+
+class Mount(Edit):
+    """A file, socket or directory (`what`) of the host, bound; `source` is an absolute path without links.
+
+    `inside` is the tmpfs of ours that `destination` is below, if it is.
+    """
+
+    __slots__ = ("_inside", "_source", "destination", "options", "source", "what")
+    kind = "mount"
+
+    def __init__(
+        self,
+        source: str,
+        destination: str,
+        options: tuple[str, ...],
+        what: str = "file",
+        *,
+        inside: Tmpfs | None = None,
+    ) -> None:
+        super().__init__()
+        self._inside = inside
         self.source = source
         self.destination = destination
         self.options = options
@@ -188,6 +285,8 @@ class Mount(Edit):
 
     def apply(self, container: Container) -> None:
         assert self._source is not None, "prepare() comes first"
+        if self._inside and self._inside.root is None:
+            return
         try:
             parent, name = self._parent(container, self.destination)
             try:
@@ -198,11 +297,24 @@ class Mount(Edit):
                     raise OSError(errno.EEXIST, f"the image has {_kind_of(status)} there")
                 elif self.what != "file" and os.path.samestat(status, os.fstat(self._source.fd)):
                     return  # a volume of the container's own brings it
-                self._attach(container, self._source, parent, name)
+                self._attach(container, self._source.attach, parent, name)
             finally:
                 os.close(parent)
+                if self._inside:
+                    self.traces.clear()  # what was made is gone with the tmpfs
         except OSError as error:
             raise MountError(f"mount `{self.source}` on `{self.destination}`: {reason(error)}") from None
+
+    def _parent(self, container: Container, path: str) -> tuple[int, str]:
+        if self._inside is None or self._inside.root is None:
+            return super()._parent(container, path)
+        directory, name = os.path.split(path.removeprefix(self._inside.destination))
+        made: list[tuple[int, str]] = []
+        try:
+            return self._inside.root.open_directory(directory, made), name
+        finally:
+            for parent, _ in made:
+                os.close(parent)
 
 
 class Device(Edit):
@@ -294,7 +406,7 @@ class Device(Edit):
             raise OSError(errno.ENODEV, f"has to be bound, and `{self._host_path}` is not {self.major}:{self.minor}")
         if not is_there:
             self._create(parent, self.path)
-        self._attach(container, self._source, parent, name)
+        self._attach(container, self._source.attach, parent, name)
 
     def _is_this(self, status: os.stat_result) -> bool:
         return stat.S_ISCHR(status.st_mode) and status.st_rdev == os.makedev(self.major, self.minor)
@@ -377,7 +489,7 @@ class Symlink(Edit):
                 if not stat.S_ISREG(os.fstat(source.fd).st_mode):
                     raise OSError(errno.EEXIST, f"`{self.target}` beside it is no regular file")
                 source.clone()
-                self._attach(container, source, parent, name)
+                self._attach(container, source.attach, parent, name)
             finally:
                 source.close()
         finally:
@@ -520,6 +632,8 @@ def apply(edits: list[Edit], container: Container) -> None:
         for edit in edits:
             done.append(edit)
             edit.apply(container)
+        for edit in edits:
+            edit.finish()
     except BaseException:
         for edit in reversed(done):
             edit.undo()

@@ -28,6 +28,9 @@ _NR_SETNS = 308 if _X86_64 else 268
 _NR_BPF = 321 if _X86_64 else 280
 _NR_OPEN_TREE = 428
 _NR_MOVE_MOUNT = 429
+_NR_FSOPEN = 430
+_NR_FSCONFIG = 431
+_NR_FSMOUNT = 432
 _NR_OPENAT2 = 437
 _NR_MOUNT_SETATTR = 442
 
@@ -47,6 +50,12 @@ MOUNT_ATTR_RDONLY = 0x01
 MOUNT_ATTR_NOSUID = 0x02
 MOUNT_ATTR_NODEV = 0x04
 MOUNT_ATTR_NOEXEC = 0x08
+
+# fsopen(2), fsconfig(2), fsmount(2)
+FSOPEN_CLOEXEC = 0x01
+FSCONFIG_SET_STRING = 1
+FSCONFIG_CMD_CREATE = 6
+FSMOUNT_CLOEXEC = 0x01
 
 # mount(2), umount2(2)
 MS_RDONLY = 0x01
@@ -129,6 +138,22 @@ def mount_setattr(mount_fd: int, *, attr_set: int, propagation: int) -> None:
     """Set MOUNT_ATTR_* flags and the propagation (MS_PRIVATE) of the mount that `mount_fd` is. Linux 5.12."""
     attr = struct.pack("=QQQQ", attr_set, 0, propagation, 0)
     _syscall(_NR_MOUNT_SETATTR, mount_fd, b"", AT_EMPTY_PATH, attr, len(attr))
+
+
+def fsopen(fstype: str) -> int:
+    """A descriptor for a file system that is being made. Linux 5.2, as the two below."""
+    return _syscall(_NR_FSOPEN, fstype.encode(), ctypes.c_uint(FSOPEN_CLOEXEC), path=fstype)
+
+
+def fsconfig(fs_fd: int, command: int, key: str = "", value: str = "") -> None:
+    """FSCONFIG_SET_STRING sets an option, FSCONFIG_CMD_CREATE ends that and makes the file system."""
+    words = (key.encode(), value.encode()) if key else (None, None)
+    _syscall(_NR_FSCONFIG, fs_fd, ctypes.c_uint(command), *words, ctypes.c_int(0), path=key or None)
+
+
+def fsmount(fs_fd: int, attr_set: int) -> int:
+    """A descriptor for a new, unattached mount of the file system, with MOUNT_ATTR_* flags."""
+    return _syscall(_NR_FSMOUNT, fs_fd, ctypes.c_uint(FSMOUNT_CLOEXEC), ctypes.c_uint(attr_set))
 
 
 def mount(source: str, target: str, fstype: str | None, flags: int, data: str = "") -> None:
