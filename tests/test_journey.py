@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import shutil
 import stat
 import subprocess
@@ -353,6 +354,10 @@ DRAWS = {**ALL, "NVIDIA_DRIVER_CAPABILITIES": "all"}
 
 def _is_there(edit: dict[str, str]) -> str:
     """A line of shell that prints what is missing of an edit of `nvhook plan --json`."""
+    if str(edit.get("path", edit.get("destination"))).startswith("/proc/"):
+        return ":"  # where no driver is loaded
+    if edit["kind"] == "file":
+        return f'[ "$(cat {edit["path"]})" = {shlex.quote(edit["content"].rstrip())} ] || echo {edit["path"]}'
     if edit["kind"] == "mount":
         place = edit["destination"]
         return f'grep -q " $(readlink -f {place}) " /proc/self/mountinfo || echo {place}'
@@ -452,6 +457,130 @@ def test_daemons_sockets(shop: Workshop, hierarchy: tuple[str, ...]) -> None:
     assert sorted(os.listdir(pipes)) == ["control", "x"]
     shutil.rmtree(host / "driver/run")
     assert shown() == "control\nx\n"
+
+
+# What the container sees of the driver's part of /proc
+
+PROC = "/proc/driver/nvidia"
+HOST_PROC = f"mount -t tmpfs none /proc/driver\nmkdir -p {PROC}/gpus/0000:0a:00.0\necho 1 >{PROC}/params"
+
+
+def show_proc(bundle: Bundle, script: str = HOST_PROC, *more: str) -> None:
+    """The container's /proc has the driver's directory: procfs of this machine has none, so one is mounted there."""
+    bundle.through += containers.own_mounts(script)
+    bundle.config["mounts"][0] = {
+        "destination": "/proc",
+        "type": "bind",
+        "source": "/proc",
+        "options": ["rbind", *more],
+    }
+
+
+LOOK = f"""cd {PROC}; ls; ls gpus; tail -n 1 params; grep -h Minor gpus/*/information; grep -c . version
+    for name in new gpus/new params gpus/0000:07:00.0/power; do {{ echo x >$name; }} 2>&1 || :; done"""
+
+
+@pytest.mark.parametrize("form", ["plain", "user-namespace", "read-only", "masked", "privileged", "hook-alone"])
+def test_proc_shows_the_chosen_gpu_alone(shop: Workshop, hierarchy: tuple[str, ...], form: str) -> None:
+    bundle = shop.bundle()
+    bundle.through = hierarchy
+    show_proc(bundle, HOST_PROC, *(["ro"] if form == "read-only" else []))
+    if form == "user-namespace":
+        into_user_namespace(bundle)
+    elif form == "masked":  # as Docker does it
+        bundle.config["linux"]["maskedPaths"] = ["/proc/kcore", "/proc/keys", "/proc/timer_list", "/proc/scsi"]
+        bundle.config["linux"]["readonlyPaths"] = ["/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys"]
+    elif form == "hook-alone":
+        put_hook(bundle, "--config", str(shop.config(A100)))
+    elif form == "privileged":
+        for names in bundle.config["process"]["capabilities"].values():
+            names.append("CAP_SYS_ADMIN")
+    wrapper = Path("runc") if form == "hook-alone" else containers.WRAPPER
+    result = bundle.write(["/bin/sh", "-euc", LOOK], ONE).run(shop.config(A100), wrapper=wrapper)
+    assert result.returncode == 0, result.stderr
+    seen = "gpus params registry version 0000:07:00.0 ModifyDeviceFiles: 0 Device Minor: 1 2"
+    assert result.stdout.split()[: len(seen.split())] == seen.split()
+    assert result.stdout.count("Read-only file system") + result.stderr.count("Read-only file system") == 4
+
+
+@pytest.mark.parametrize(
+    ("devices", "expected"),
+    [
+        pytest.param("all", ["0000:07:00.0", "0000:0a:00.0"], id="all"),
+        pytest.param("1", ["0000:0a:00.0"], id="other"),
+        pytest.param("none", [], id="none"),
+    ],
+)
+def test_proc_lists_gpus(shop: Workshop, devices: str, expected: list[str]) -> None:
+    bundle = shop.bundle()
+    show_proc(bundle)
+    script = f"tail -n 1 {PROC}/params; ls {PROC}/gpus 2>/dev/null || :"
+    shown = start(bundle, shop.config(A100), script, {"NVIDIA_VISIBLE_DEVICES": devices})
+    assert shown.splitlines() == ["ModifyDeviceFiles: 0", *expected]
+
+
+def test_proc_under_crun(shop: Workshop, crun: tuple[tuple[str, ...], tuple[str, ...], bool]) -> None:
+    bundle = shop.bundle()
+    bundle.through, options, _ = crun
+    show_proc(bundle)
+    host = shop.simhost(A100)
+    config = containers.configure(host, shop.new("config"), shop.place / f"state-{A100}", runtime="crun")
+    bundle.write(["/bin/sh", "-euc", f"cd {PROC}; ls . gpus; tail -n 1 params; nvidia-smi -L"], ONE)
+    result = bundle.run(config, runtime="crun", options=options)
+    assert result.returncode == 0, result.stderr
+    shown = [".:", "gpus", "params", "registry", "version", "gpus:", "0000:07:00.0", "ModifyDeviceFiles:", "0"]
+    assert result.stdout.split() == shown + gpu_lines(A100, 0).split()
+
+
+@pytest.mark.parametrize("trap", [f"touch {PROC}", f"ln -s /dev {PROC}"], ids=["file", "link"])
+def test_proc_that_cannot_be_covered_stops_the_start(shop: Workshop, trap: str) -> None:
+    """It would show the GPUs of others: never with less than was asked."""
+    bundle = shop.bundle()
+    show_proc(bundle, f"mount -t tmpfs none /proc/driver\n{trap}")
+    result = bundle.write(["/bin/true"], ONE).run(shop.config(A100))
+    assert result.returncode == 1
+    assert f"mount error: mount a tmpfs on `{PROC}`: the image has a" in result.stderr
+
+
+def test_proc_without_a_driver_is_left_alone(shop: Workshop) -> None:
+    script = f"ls {PROC} 2>/dev/null || echo nothing; grep -c ' /proc/' /proc/self/mountinfo || :"
+    assert start(shop.bundle(), shop.config(A100), script, ONE) == "nothing\n0\n"
+
+
+def test_proc_of_who_asks_for_nothing_is_left_alone(shop: Workshop) -> None:
+    bundle = shop.bundle()
+    show_proc(bundle)
+    assert start(bundle, shop.config(A100), f"cat {PROC}/params", {}) == "1\n"
+
+
+# EGL
+
+PROFILES = "/etc/nvidia/nvidia-application-profiles-rc.d"
+
+
+@pytest.mark.parametrize("form", ["plain", "user-namespace", "read-only"])
+@pytest.mark.parametrize(("devices", "mask"), [("0", "0x2"), ("1", "0x1"), ("all", "0x3")])
+def test_egl_sees_the_chosen_gpus(shop: Workshop, form: str, devices: str, mask: str) -> None:
+    """The bits are minors; the image's own profiles are covered, and there again afterwards."""
+    bundle = shop.bundle()
+    own = bundle.rootfs / PROFILES[1:] / "50-own.conf"
+    own.parent.mkdir(parents=True)
+    own.write_text("{}")
+    bundle.config["root"]["readonly"] = form == "read-only"
+    if form == "user-namespace":
+        into_user_namespace(bundle)
+    before = tree(bundle.rootfs)
+    env = {"NVIDIA_VISIBLE_DEVICES": devices, "NVIDIA_DRIVER_CAPABILITIES": "graphics"}
+    script = f"cd {PROFILES}; ls; cat *; {{ echo x >new; }} 2>/dev/null || echo refused"
+    shown = start(bundle, shop.config(A100), script, env)
+    assert shown.startswith("10-container.conf\n")
+    assert shown.endswith("refused\n")
+    content = shown.removeprefix("10-container.conf\n").removesuffix("refused\n")
+    assert json.loads(content.replace(mask, str(int(mask, 16)))) == {
+        "profiles": [{"name": "_container_", "settings": ["EGLVisibleDGPUDevices", int(mask, 16)]}],
+        "rules": [{"pattern": [], "profile": "_container_"}],
+    }
+    assert before == tree(bundle.rootfs)
 
 
 # How engines start it

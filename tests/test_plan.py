@@ -21,6 +21,7 @@ from nvhook.edits import Mount
 from nvhook.errors import DeviceError, DriverError
 from nvhook.extras import Data, Extras, Node
 from nvhook.gpus import Gpu, Gpus
+from nvhook.procfs import DriverProc
 from nvhook.request import Request
 from nvhook.sockets import Socket
 
@@ -74,12 +75,13 @@ def _make(
     layout: Layout = DEBIAN,
     majors: dict[str, int] | None = None,
     libraries: list[Library] | None = None,
+    proc: DriverProc | None = None,
 ) -> list[str]:
     """The plan, one line an edit, as short as it can be compared whole."""
     request = Request(("0",), tuple(capabilities.split()), (), "")
     driver = Driver("9.1", LIBRARIES if libraries is None else libraries, BINARIES, FILES)
     gpus = [GPU0] if chosen is None else chosen
-    edits = plan.make(request, gpus, _gpus(majors), driver, layout, dri_nodes=DRI, sockets=SOCKETS)
+    edits = plan.make(request, gpus, _gpus(majors), driver, layout, dri_nodes=DRI, sockets=SOCKETS, proc=proc)
     return [_short(edit.describe()) for edit in edits]
 
 
@@ -87,6 +89,9 @@ def _short(edit: dict[str, Any]) -> str:
     kind = edit.pop("kind")
     if kind == "mount":
         options = edit.pop("options")
+        if edit["source"] == "tmpfs":
+            assert options == ["ro", "nosuid", "nodev", "noexec", "mode=0555"]
+            return "tmpfs on {destination}".format(**edit)
         assert [item for item in options if item not in ("ro", "noexec")] == ["nosuid", "nodev"]
         assert {"ro", "noexec"} & set(options)
         return "{source} {arrow} {destination}".format(arrow=">" if "ro" in options else "<>", **edit)
@@ -95,10 +100,13 @@ def _short(edit: dict[str, Any]) -> str:
         return "{path} {major}:{minor} {access}".format(**edit)
     if kind == "symlink":
         return "{path} -> {target}".format(**edit)
+    if kind == "file":
+        return "{path}: {content}".format(**edit)
     assert list(edit) == ["directories"]
     return " ".join([kind, *edit["directories"]])
 
 
+PROC_OPTIONS = ["ro", "nosuid", "nodev", "noexec"]
 CONTROL = "/dev/nvidiactl 195:255 rw"
 GPU = "/dev/nvidia1 195:1 rw"
 UVM = ["/dev/nvidia-uvm 511:0 rw", "/dev/nvidia-uvm-tools 511:1 rw"]
@@ -107,6 +115,18 @@ DRI_LINKS = [
     "/dev/dri/by-path/pci-0000:07:00.0-render -> ../renderD130",
 ]
 DRI_NODES = ["/dev/dri/card3 226:3 rw", "/dev/dri/renderD130 226:130 rw"]
+PROFILES = "/etc/nvidia/nvidia-application-profiles-rc.d"
+
+
+def _profile(mask: int) -> list[str]:
+    return [
+        f"tmpfs on {PROFILES}",
+        f"{PROFILES}/10-container.conf: "
+        f'{{"profiles": [{{"name": "_container_", "settings": ["EGLVisibleDGPUDevices", {mask:#x}]}}],\n'
+        ' "rules": [{"pattern": [], "profile": "_container_"}]}\n',
+    ]
+
+
 D64, D32 = DEBIAN.libraries, DEBIAN.libraries32
 
 
@@ -177,6 +197,7 @@ D64, D32 = DEBIAN.libraries, DEBIAN.libraries32
         pytest.param(
             "graphics",
             [
+                *_profile(0b10),
                 f"/host/lib64/libGLX_nvidia.so.9.1 > {D64}/libGLX_nvidia.so.9.1",
                 f"/host/lib64/libnvidia-glcore.so.9.1 > {D64}/libnvidia-glcore.so.9.1",
                 f"/host/lib64/libnvidia-nosoname.so.9.1 > {D64}/libnvidia-nosoname.so.9.1",
@@ -194,6 +215,7 @@ D64, D32 = DEBIAN.libraries, DEBIAN.libraries32
         pytest.param(
             "display",
             [
+                *_profile(0b10),
                 f"/host/lib64/libGLX_nvidia.so.9.1 > {D64}/libGLX_nvidia.so.9.1",
                 f"/host/lib64/libnvidia-glcore.so.9.1 > {D64}/libnvidia-glcore.so.9.1",
                 "/host/x/libglxserver_nvidia.so.9.1 > /usr/lib/x/libglxserver_nvidia.so.9.1",
@@ -244,6 +266,38 @@ def test_make_other_layout() -> None:
 )
 def test_make_devices_of_gpus(chosen: list[Gpu], expected: list[str]) -> None:
     assert expected == [line for line in _make("utility", chosen) if line.startswith("/dev/")]
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "chosen", "expected"),
+    [
+        pytest.param("graphics", [GPU1], _profile(0b01), id="minor-not-index"),
+        pytest.param("display", [GPU0, GPU1], _profile(0b11), id="all-bits-at-once"),
+        pytest.param("graphics", [Gpu(0, 31, "", "0000:07:00.0", "")], _profile(0x80000000), id="last-bit"),
+        pytest.param("graphics", [], [], id="no-gpu"),
+        pytest.param("compute utility video", [GPU0], [], id="does-not-draw"),
+    ],
+)
+def test_make_profile(capabilities: str, chosen: list[Gpu], expected: list[str]) -> None:
+    assert expected == [line for line in _make(capabilities, chosen) if PROFILES in line]
+
+
+@pytest.mark.parametrize(
+    ("chosen", "expected"),
+    [
+        pytest.param([], [], id="none"),
+        pytest.param([GPU1], [GPU1.pci], id="one"),
+        pytest.param([GPU0, GPU1], [GPU0.pci, GPU1.pci], id="all"),
+    ],
+)
+def test_make_proc_of_the_chosen_first(chosen: list[Gpu], expected: list[str]) -> None:
+    proc = DriverProc("/host/proc/nvidia", {"version": "9.1", "params": "x"})
+    lines = _make("utility", chosen, proc=proc)
+    place = "/proc/driver/nvidia"
+    wanted = [f"tmpfs on {place}", f"{place}/params: x", f"{place}/version: 9.1"]
+    wanted += [f"/host/proc/nvidia/gpus/{pci} > {place}/gpus/{pci}" for pci in expected]
+    assert wanted == lines[: len(wanted)]
+    assert _make("utility", chosen) == lines[len(wanted) :]
 
 
 @pytest.mark.parametrize(
@@ -334,6 +388,7 @@ KEYS = {
     "mount": ["kind", "source", "destination", "options"],
     "device": ["kind", "path", "type", "major", "minor", "access"],
     "symlink": ["kind", "path", "target"],
+    "file": ["kind", "path", "content"],
     "ldcache": ["kind", "directories"],
 }
 Plan = Callable[..., Any]
@@ -386,6 +441,9 @@ def test_plan_follows_the_contract(planned: Plan, host: str) -> None:
     assert {tuple(gpu) for gpu in document["gpus"]} == {("index", "minor", "uuid", "pci")}
     assert all(list(edit) == KEYS[edit["kind"]] for edit in document["edits"])
     kinds = [edit["kind"] for edit in document["edits"]]
+    last = len(kinds) - kinds[::-1].index("file")
+    assert set(kinds[:last]) == {"mount", "file"}, "what covers a directory comes first"
+    kinds = kinds[last:]
     assert list(dict.fromkeys(kinds)) == ["mount", "symlink", "device", "ldcache"]
     assert kinds == sorted(kinds, key=["mount", "symlink", "device", "ldcache"].index)
 
@@ -399,6 +457,13 @@ def test_plan_is_of_this_host(planned: Plan, simhost: Callable[[str], Path], hos
     there = set()
     for mount in _of(document, "mount"):
         source = Path(mount["source"])
+        if mount["destination"].startswith("/proc/driver/nvidia/"):
+            assert source == root / mount["destination"][1:]
+            assert source.is_dir()
+            assert mount["options"] == PROC_OPTIONS
+            continue
+        if mount["source"] == "tmpfs":
+            continue
         assert source.is_socket() if "run" in source.parts else source.is_file()
         assert source == source.resolve()
         assert source.is_relative_to(root / "driver")
@@ -414,6 +479,8 @@ def test_plan_is_of_this_host(planned: Plan, simhost: Callable[[str], Path], hos
     for node in _of(document, "device"):
         status = (root / node["path"].lstrip("/")).stat()
         assert status.st_rdev == os.makedev(node["major"], node["minor"])
+    for file in _of(document, "file"):
+        assert os.path.dirname(file["path"]) in ("/proc/driver/nvidia", PROFILES)
     (ldcache,) = _of(document, "ldcache")
     libraries = [os.path.dirname(path) for path in there if re.search(r"/lib(?!glx)[^/]*\.so\.", path)]
     assert sorted(set(libraries)) == sorted(ldcache["directories"])
@@ -439,6 +506,13 @@ def test_plan_utility_whole(planned: Plan, simhost: Callable[[str], Path]) -> No
     def device(name: str, minor: int) -> dict[str, Any]:
         return {"kind": "device", "path": f"/dev/{name}", "type": "c", "major": 195, "minor": minor, "access": "rw"}
 
+    def file(name: str) -> dict[str, Any]:
+        content = (simhost("h200") / f"proc/driver/nvidia/{name}").read_text()
+        content = content.replace("ModifyDeviceFiles: 1\n", "") + "ModifyDeviceFiles: 0\n" * (name == "params")
+        return {"kind": "file", "path": f"/proc/driver/nvidia/{name}", "content": content}
+
+    tmpfs = {"kind": "mount", "source": "tmpfs", "destination": "/proc/driver/nvidia"}
+    gpu = "/proc/driver/nvidia/gpus/0000:00:06.0"
     gsp = "nvidia/580.159.04"
     cfg, ml = "libnvidia-cfg.so.580.159.04", "libnvidia-ml.so.580.159.04"
     expected = {
@@ -448,6 +522,9 @@ def test_plan_utility_whole(planned: Plan, simhost: Callable[[str], Path]) -> No
             {"index": 0, "minor": 0, "uuid": "GPU-5f3c1e0a-7d24-4b1e-9a36-0c8e2f4d6b71", "pci": "0000:00:06.0"},
         ],
         "edits": [
+            {**tmpfs, "options": [*PROC_OPTIONS, "mode=0555"]},
+            *map(file, ("params", "registry", "version")),
+            {"kind": "mount", "source": f"{simhost('h200')}{gpu}", "destination": gpu, "options": PROC_OPTIONS},
             mount(f"lib64/{cfg}", f"{lib}/{cfg}"),
             mount(f"lib64/{ml}", f"{lib}/{ml}"),
             mount("bin/nvidia-smi", "/usr/bin/nvidia-smi"),

@@ -19,6 +19,7 @@ from . import (
     inventory,
     mig,
     plan,
+    procfs,
     request,
     requirements,
     sockets,
@@ -112,14 +113,16 @@ def _plan(options: argparse.Namespace, config: Config, warnings: list[str]) -> N
     chosen = gpus.select(asked.devices, host, mig.reporter(config, host, warnings, keep=False))
     requirements.check(asked.requirements, requirements.facts_of(host.driver_version))
     found = inventory.load(config, host.driver_version, warnings, keep=False)
+    root = _root(described.rootfs)
     edits = plan.make(
         asked,
         chosen.gpus,
         host,
         found,
-        container.layout(_root(described.rootfs)),
+        container.layout(root),
         dri_nodes=dri.find(config, asked, chosen.gpus),
         sockets=sockets.find(config.driver_root),
+        proc=procfs.read(config.proc_root),
         extras=[caps.find(config, asked, chosen, host), features.find(config, asked, warnings)],
     )
     document = {
@@ -173,4 +176,6 @@ def _sentence(edit: dict[str, object]) -> str:
         return f"device   {edit['path']}  {edit['type']} {edit['major']}:{edit['minor']} {edit['access']}"
     if kind == "symlink":
         return f"symlink  {edit['path']}  to {edit['target']}"
+    if kind == "file":
+        return f"file     {edit['path']}"
     return f"ldcache  {' '.join(map(str, edit['directories']))}"  # type: ignore[call-overload]

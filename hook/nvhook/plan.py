@@ -1,15 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """From what is asked for and what there is to a list of edits. Pure: no file is looked at, nothing is changed.
 
-The order of the list is the order of application: libraries, binaries, other files of the driver and sockets, the links
-to them, device nodes, and the linker cache last, when everything it shall list is in place. Two runs on one host give
-the same list.
+The order of the list is the order of application: what covers directories and is inside, libraries, binaries, other
+files of the driver and sockets, the links to them, device nodes, and the linker cache last, when everything it shall
+list is in place. Two runs on one host give the same list.
 """
 
 from __future__ import annotations
 
-from .edits import Device, Edit, Ldcache, Mount, Symlink
+from .edits import Device, Edit, File, Ldcache, Mount, Symlink, Tmpfs
 from .errors import DeviceError, DriverError
+from .procfs import DIRECTORY as PROC
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -18,8 +19,9 @@ if TYPE_CHECKING:
     from .container import Layout
     from .dri import DriNode
     from .driver import Driver, Library
-    from .extras import Extras
+    from .extras import Data, Extras
     from .gpus import Gpu, Gpus
+    from .procfs import DriverProc
     from .request import Request
     from .sockets import Socket
 
@@ -31,6 +33,13 @@ _MODESET_MINOR = 254
 _READ_ONLY = ("ro", "nosuid", "nodev")
 _WRITABLE = ("nosuid", "nodev", "noexec")
 _DATA = ("ro", "nosuid", "nodev", "noexec")
+
+# Where the driver looks for profiles besides those in the home directory.
+_PROFILES = "/etc/nvidia/nvidia-application-profiles-rc.d"
+_PROFILE = """\
+{"profiles": [{"name": "_container_", "settings": ["EGLVisibleDGPUDevices", %#x]}],
+ "rules": [{"pattern": [], "profile": "_container_"}]}
+"""
 
 # What a program may open by a name that is neither the file's nor its SONAME: SONAME -> that name, and its target.
 _FURTHER_LINKS = {
@@ -56,16 +65,18 @@ def make(
     *,
     dri_nodes: Sequence[DriNode] = (),
     sockets: Sequence[Socket] = (),
+    proc: DriverProc | None = None,
     extras: Sequence[Extras] = (),
 ) -> list[Edit]:
     """The edits for a container of this `layout`. DriverError or DeviceError where the host lacks a part.
 
-    `dri_nodes`, `sockets` and `extras` are what the host has at this moment: dri.find(), sockets.find(), caps.find()
-    and features.find().
+    `dri_nodes`, `sockets`, `proc` and `extras` are what the host has at this moment: dri.find(), sockets.find(),
+    procfs.read(), caps.find() and features.find().
     """
     libraries = _libraries(request, driver)
     asked = set(request.capabilities)
-    edits: list[Edit] = []
+    data = [item for found in extras for item in found.data]
+    edits = _proc(proc, chosen, [item for item in data if _is_proc(item)]) + _profile(asked, chosen)
     directories = []
     names = []
     for library in libraries:
@@ -84,7 +95,7 @@ def make(
     edits += [
         Mount(item.path, item.destination, _WRITABLE, item.what) for item in sockets if asked & set(item.capabilities)
     ]
-    edits += [Mount(item.path, item.destination, _DATA, item.what) for extra in extras for item in extra.data]
+    edits += [Mount(item.path, item.destination, _DATA, item.what) for item in data if not _is_proc(item)]
     for library in libraries:
         edits += _links(library, layout.libraries if library.bits == 64 else layout.libraries32)
         if library.soname == _GBM_LIBRARY and asked & {"display", "graphics"}:
@@ -102,6 +113,33 @@ def make(
     if directories:
         edits.append(Ldcache(tuple(directories), tuple(names)))
     return edits
+
+
+def _proc(proc: DriverProc | None, chosen: list[Gpu], data: list[Data]) -> list[Edit]:
+    """Of /proc/driver/nvidia the driver's own files, the chosen GPUs and `data`; the rest of the host is covered."""
+    if proc is None:
+        return []
+    cover = Tmpfs(PROC, only_over=True)
+    edits: list[Edit] = [cover]
+    edits += [File(cover, name, content) for name, content in sorted(proc.files.items())]
+    for gpu in chosen:
+        place = f"gpus/{gpu.pci}"
+        edits.append(Mount(f"{proc.path}/{place}", f"{PROC}/{place}", _DATA, "directory", inside=cover))
+    edits += [Mount(item.path, item.destination, _DATA, item.what, inside=cover) for item in data]
+    return edits
+
+
+def _is_proc(item: Data) -> bool:
+    return item.destination.startswith(f"{PROC}/")
+
+
+def _profile(asked: set[str], chosen: list[Gpu]) -> list[Edit]:
+    """What tells EGL which GPUs to look at: the minors of the others have no nodes in the container."""
+    if not chosen or not asked & {"display", "graphics"}:
+        return []
+    cover = Tmpfs(_PROFILES)
+    mask = sum(1 << gpu.minor for gpu in chosen)
+    return [cover, File(cover, "10-container.conf", _PROFILE % mask)]
 
 
 def devices(

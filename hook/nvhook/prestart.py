@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import sys
 
-from . import caps, dri, features, inventory, leftovers, mig, plan, request, requirements, sockets, spec
+from . import caps, dri, features, inventory, leftovers, mig, plan, procfs, request, requirements, sockets, spec
 from . import container as containers
 from . import edits as editing
 from . import gpus as hosts
@@ -88,6 +88,7 @@ def prepare(config: Config, asked: Request, container: Container, warnings: list
             container.layout,
             dri_nodes=dri.find(config, asked, chosen.gpus),
             sockets=sockets.find(config.driver_root),
+            proc=procfs.read(config.proc_root),
             extras=[caps.find(config, asked, chosen, gpus), features.find(config, asked, warnings)],
         )
         try:

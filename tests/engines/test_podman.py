@@ -108,6 +108,16 @@ def test_user_namespace_of_a_rootful_container(podman: Podman, roads: Roads, way
 
 
 @USERS
+@WAYS
+def test_tmpfs_of_ours(podman: Podman, roads: Roads, way: str, user: int) -> None:
+    """EGL's profile, in a file system that a rootless engine's hook has to be able to make as well."""
+    place = "/etc/nvidia/nvidia-application-profiles-rc.d"
+    script = f"cd {place}; ls; grep -o 0x. *; stat -c '%a %u' . *; {{ echo x >new; }} 2>/dev/null || echo refused"
+    shown = podman.run(roads(way), *ALL, "--env=NVIDIA_DRIVER_CAPABILITIES=graphics", script=script, user=user)
+    assert shown.splitlines() == ["10-container.conf", "0x3", "555 0", "444 0", "refused"]
+
+
+@USERS
 @pytest.mark.parametrize("way", ["runtime", "hooks"])
 def test_life_of_a_container(podman: Podman, roads: Roads, way: str, user: int) -> None:
     """Whoever enters it sees the GPUs, before and after a restart; what is left of it in the state is nothing."""

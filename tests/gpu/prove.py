@@ -106,6 +106,33 @@ def prove_runtime(proof: Proof, runtime: str, images: dict[str, Path], host_list
     proof.check(f"{name}: an unknown device is refused with a line that says so", holds=holds, shown=result.stderr)
 
 
+def prove_proc(proof: Proof, runtime: str, image: Path, host_list: str) -> None:
+    """Below /proc/driver/nvidia a container sees its own GPUs, is told to make no nodes, and can write nothing."""
+    name = Path(runtime).name
+    directory = Path("/proc/driver/nvidia")
+    if not directory.exists():
+        print(f"skip  {name}: no {directory} on this machine")
+        return
+    addresses = sorted(os.listdir(directory / "gpus"))
+    for devices, expected in (("all", addresses), ("0", addresses[:1]), ("none", [])):
+        script = f"grep ModifyDeviceFiles {directory}/params; ls {directory}/gpus 2>/dev/null"
+        result = proof.start(image, runtime, script, devices)
+        holds = result.stdout.splitlines() == ["ModifyDeviceFiles: 0", *expected]
+        what = f"{name}: with `{devices}` {directory} says ModifyDeviceFiles: 0 and lists the chosen GPUs alone"
+        proof.check(what, holds=holds, shown=result.stdout + result.stderr)
+    script = (
+        f"cd {directory}; for name in new params gpus/*/information gpus/new; do echo x >$name; done; nvidia-smi -L"
+    )
+    result = proof.start(image, runtime, script, "all")
+    holds = result.stderr.count("Read-only file system") == 3 + len(addresses) and result.stdout == host_list
+    proof.check(f"{name}: nothing can be written there", holds=holds, shown=result.stdout + result.stderr)
+    script = f"cat {directory}/version; cat {directory}/gpus/*/information"
+    result = proof.start(image, runtime, script, "all")
+    sources = [directory / "version", *(directory / "gpus" / address / "information" for address in addresses)]
+    holds = result.stdout == "".join(path.read_text() for path in sources)
+    proof.check(f"{name}: what it reads there is the host's", holds=holds, shown=result.stdout + result.stderr)
+
+
 def prove_hook_alone(proof: Proof, runtime: str, image: Path, host_list: str) -> None:
     """As dockerd's --gpus does it: the hook is in the spec, no wrapper has seen it, the cgroup is not yet open."""
     bundle = proof.bundle(image).write(["/bin/sh", "-c", "nvidia-smi -L"], {"NVIDIA_VISIBLE_DEVICES": "all"})
@@ -131,10 +158,14 @@ def prove_user_namespace(proof: Proof, runtime: str, image: Path, host_list: str
     linux = bundle.config["linux"]
     linux["namespaces"].append({"type": "user"})
     linux["uidMappings"] = linux["gidMappings"] = [{"containerID": 0, "hostID": 100000, "size": 65536}]
-    script = "nvidia-smi -L; stat -c '%u %n' /etc/ld.so.cache /usr/lib*/*/libcuda.so.1 | sort -u"
+    # Where the machine has the driver's directory in /proc, the container has it with our params.
+    params = "/proc/driver/nvidia/params"
+    script = f"nvidia-smi -L; [ ! -e {params} ] || grep -qx 'ModifyDeviceFiles: 0' {params} || echo seen"
+    script += "; stat -c '%u %n' /etc/ld.so.cache /usr/lib*/*/libcuda.so.1 | sort -u"
     bundle.write(["/bin/sh", "-c", script], {"NVIDIA_VISIBLE_DEVICES": "all"})
     result = bundle.run(proof.config_for(runtime), runtime=runtime, wrapper=proof.wrapper)
     holds = result.stdout.startswith(host_list) and " /etc" in result.stdout and "\n65534 " not in result.stdout
+    holds = holds and "seen" not in result.stdout
     proof.check(f"{Path(runtime).name}: in a user namespace", holds=holds, shown=result.stdout + result.stderr)
 
 
@@ -289,6 +320,7 @@ def main() -> int:
         for runtime in runtimes:
             steps: list[Callable[[], None]] = [
                 lambda r=runtime: prove_runtime(proof, r, images, host_list, program is not None),  # type: ignore[misc]
+                lambda r=runtime: prove_proc(proof, r, images["debian"], host_list),  # type: ignore[misc]
                 lambda r=runtime: prove_hook_alone(proof, r, images["debian"], host_list),  # type: ignore[misc]
                 lambda r=runtime: prove_user_namespace(proof, r, images["debian"], host_list),  # type: ignore[misc]
             ]

@@ -142,18 +142,18 @@ def mount_setattr(mount_fd: int, *, attr_set: int, propagation: int) -> None:
 
 def fsopen(fstype: str) -> int:
     """A descriptor for a file system that is being made. Linux 5.2, as the two below."""
-    return _syscall(_NR_FSOPEN, fstype.encode(), ctypes.c_uint(FSOPEN_CLOEXEC), path=fstype)
+    return _syscall(_NR_FSOPEN, fstype.encode(), FSOPEN_CLOEXEC, path=fstype)
 
 
 def fsconfig(fs_fd: int, command: int, key: str = "", value: str = "") -> None:
     """FSCONFIG_SET_STRING sets an option, FSCONFIG_CMD_CREATE ends that and makes the file system."""
     words = (key.encode(), value.encode()) if key else (None, None)
-    _syscall(_NR_FSCONFIG, fs_fd, ctypes.c_uint(command), *words, ctypes.c_int(0), path=key or None)
+    _syscall(_NR_FSCONFIG, fs_fd, command, *words, 0, path=key or None)
 
 
 def fsmount(fs_fd: int, attr_set: int) -> int:
     """A descriptor for a new, unattached mount of the file system, with MOUNT_ATTR_* flags."""
-    return _syscall(_NR_FSMOUNT, fs_fd, ctypes.c_uint(FSMOUNT_CLOEXEC), ctypes.c_uint(attr_set))
+    return _syscall(_NR_FSMOUNT, fs_fd, FSMOUNT_CLOEXEC, attr_set)
 
 
 def mount(source: str, target: str, fstype: str | None, flags: int, data: str = "") -> None:
