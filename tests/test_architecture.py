@@ -198,8 +198,10 @@ def test_road_of_the_wrapper_with_a_request(proc: Path) -> None:
 _HOOK_ROAD = """
 from nvhook import config, prestart, request, spec
 from nvhook.container import Layout
+from nvhook.linux.root import DIRECTORY, Root
 class Container:
     layout = Layout("/usr/lib64", "/usr/lib32")
+    root = Root(os.open(sys.argv[3], DIRECTORY))
 described = spec.parse(spec.read_config(sys.argv[3])[0], sys.argv[3])
 settings = config.load(sys.argv[2])
 asked = request.read(described, settings)

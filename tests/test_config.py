@@ -12,12 +12,14 @@ from nvhook.config import Config
 from nvhook.errors import ConfigError
 
 SHIPPED = Path(__file__).parent.parent / "etc/config.toml"
+COMPAT_MODE = "nvidia-container-runtime.modes.legacy.cuda-compat-mode"
 ALL = ("compat32", "compute", "display", "graphics", "ngx", "utility", "video")
 HOST_LDCONFIG = "/sbin/ldconfig.real" if os.path.exists("/sbin/ldconfig.real") else "/sbin/ldconfig"
 
 DEFAULTS: dict[str, Any] = {
     "accept_env_when_unprivileged": True,
     "accept_volume_mounts": False,
+    "cuda_compat": True,
     "dev_root": "/",
     "disable_require": False,
     "driver_root": "/",
@@ -131,6 +133,9 @@ def test_load_does_not_parse(tmp_path: Path, text: str | bytes) -> None:
     ("text", "name", "value"),
     [
         pytest.param("disable-require = true", "disable_require", True, id="disable-require"),
+        pytest.param(f"{COMPAT_MODE} = 'disabled'", "cuda_compat", False, id="compat-disabled"),
+        pytest.param(f"{COMPAT_MODE} = 'hook'", "cuda_compat", True, id="compat-hook"),
+        pytest.param("features.disable-cuda-compat-lib-hook = true", "cuda_compat", False, id="compat-no-hook"),
         pytest.param("swarm-resource = 'A'", "swarm_resources", ("A",), id="swarm-one"),
         pytest.param("swarm-resource = 'A, B,'", "swarm_resources", ("A", "B"), id="swarm-commas"),
         pytest.param("swarm-resource = ['A', 'B']", "swarm_resources", ("A", "B"), id="swarm-list"),
@@ -214,6 +219,9 @@ def test_load_wrong_type(tmp_path: Path, key: str, value: str, wanted: str) -> N
     ("text", "message"),
     [
         pytest.param("nvidia-container-runtime.mode = 'fast'", "unknown value `fast` for `", id="mode"),
+        pytest.param(
+            f"{COMPAT_MODE} = 'on'", f"unknown value `on` for `{COMPAT_MODE}`; one of disabled, ", id="compat"
+        ),
         pytest.param("nvidia-container-runtime.mode = ''", "unknown value `` for `", id="mode-empty"),
         pytest.param("nvidia-container-runtime.log-level = 'loud'", "one of trace, debug, info", id="log-level"),
         pytest.param(
@@ -304,11 +312,18 @@ def test_load_ldconfig_normalised(tmp_path: Path, files: list[str], value: str, 
             "`nvidia-container-runtime.modes.cdi.default-kind` is not honoured by nvhook",
             id="kind",
         ),
-        pytest.param("nvidia-container-runtime.modes.legacy.cuda-compat-mode = 'disabled'", "", id="compat-not"),
+        pytest.param(f"{COMPAT_MODE} = 'disabled'", "", id="compat-not"),
+        pytest.param(f"{COMPAT_MODE} = 'hook'", "", id="compat-hook"),
         pytest.param(
-            "nvidia-container-runtime.modes.legacy.cuda-compat-mode = 'mount'",
-            "`nvidia-container-runtime.modes.legacy.cuda-compat-mode` is not honoured by nvhook",
+            f"{COMPAT_MODE} = 'mount'",
+            f"`{COMPAT_MODE}` = `mount` is not honoured by nvhook, which mounts no file of an image; "
+            "`ldconfig` is in force",
             id="compat-mount",
+        ),
+        pytest.param(
+            "features.allow-cuda-compat-libs-from-container = true",
+            "`features.allow-cuda-compat-libs-from-container` is not honoured by nvhook",
+            id="compat-allowed",
         ),
         pytest.param("features.allow-ldconfig-from-container = false", "", id="feature-off"),
         pytest.param(

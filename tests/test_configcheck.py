@@ -150,6 +150,10 @@ ERRORS = [
         f"2: {RUNTIME}.mode: unknown value `fast`; one of auto, legacy, cdi, jit-cdi, csv",
     ),
     (
+        f"[{RUNTIME}]\nmodes.legacy.cuda-compat-mode = 'x'",
+        f"2: {RUNTIME}.modes.legacy.cuda-compat-mode: unknown value `x`; one of disabled, hook, ldconfig, mount",
+    ),
+    (
         f"[{RUNTIME}]\nruntimes = []",
         f'2: {RUNTIME}.runtimes: names no low-level runtime; for example ["runc", "crun"]',
     ),
@@ -189,8 +193,9 @@ WARNINGS = [
     ),
     ("nvidia-ctk.path = 1", "1: nvidia-ctk.path: must be a string, not `1`; correct it or take it out"),
     (
-        f"[{RUNTIME}]\nmodes.legacy.cuda-compat-mode = 'x'",
-        f"2: {RUNTIME}.modes.legacy.cuda-compat-mode: unknown value `x`; one of disabled, hook, ldconfig, mount",
+        f"[{RUNTIME}]\nmodes.legacy.cuda-compat-mode = 'mount'",
+        f"2: {RUNTIME}.modes.legacy.cuda-compat-mode: `mount` is not honoured by nvhook, which mounts no file of an "
+        "image; `ldconfig` is in force",
     ),
     (
         f"{RUNTIME}.mode = 'cdi'",

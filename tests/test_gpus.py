@@ -294,3 +294,18 @@ def test_select_on_a_host_without_gpus() -> None:
         _select(("all",), [])
     with pytest.raises(DeviceError, match="unknown device `0`; this host has no GPU"):
         _select(("0",), [])
+
+
+@pytest.mark.parametrize(
+    ("models", "expected"),
+    [
+        pytest.param(["NVIDIA GeForce RTX 4090"], {"geforce"}, id="geforce"),
+        pytest.param(["GeForce GTX 1080"], {"geforce"}, id="geforce-of-an-older-driver"),
+        pytest.param(["NVIDIA TITAN RTX", "Tesla V100-SXM2-16GB"], {"titan", "tesla"}, id="two"),
+        pytest.param(["NVIDIA A100-SXM4-40GB"], {"a100-sxm4-40gb"}, id="without-a-brand"),
+        pytest.param([""], {""}, id="unknown"),
+        pytest.param([], set(), id="no-gpu"),
+    ],
+)
+def test_brands(models: list[str], expected: set[str]) -> None:
+    assert gpus.brands([Gpu(0, 0, "", "", model) for model in models]) == expected

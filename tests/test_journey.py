@@ -20,6 +20,7 @@ import pytest
 import containers
 from containers import HOOK, TRIPLET, TRY, Bundle, Workshop, gpu_lines, tree
 from simhost import elfwriter
+from simhost.compiler import Compiler
 
 pytestmark = pytest.mark.root
 
@@ -581,6 +582,130 @@ def test_egl_sees_the_chosen_gpus(shop: Workshop, form: str, devices: str, mask:
         "rules": [{"pattern": [], "profile": "_container_"}],
     }
     assert before == tree(bundle.rootfs)
+
+
+# CUDA compatibility libraries of the image
+
+_ASK = """
+#include <dlfcn.h>
+#include <stdio.h>
+int main(void)
+{
+    int version = 0;
+    void *library = dlopen("libcuda.so.1", RTLD_NOW);
+    int (*ask)(int *) = library ? (int (*)(int *))dlsym(library, "cuDriverGetVersion") : NULL;
+    if (!ask || ask(&version)) {
+        puts(dlerror());
+        return 1;
+    }
+    printf("%d\\n", version);
+    return 0;
+}
+"""
+
+
+@pytest.fixture(scope="module")
+def asking(shop: Workshop) -> Path:
+    """A program that says which CUDA version the libcuda has that the linker gives it."""
+    program = shop.new("ask-cuda")
+    command = ["cc", "-o", str(program), "-x", "c", "-", "-ldl"]
+    subprocess.run(command, input=_ASK, text=True, check=True, capture_output=True)
+    return program
+
+
+def with_compat(bundle: Bundle, asking: Path, version: str) -> None:
+    """As NVIDIA's images have it: CUDA 12.6 by its number, where alternatives lead."""
+    containers.add_program(bundle.rootfs, asking)
+    place = bundle.rootfs / "usr/local/cuda-12.6/compat"
+    place.mkdir(parents=True)
+    (bundle.rootfs / "etc/alternatives").mkdir()
+    (bundle.rootfs / "etc/alternatives/cuda").symlink_to("/usr/local/cuda-12.6")
+    (bundle.rootfs / "usr/local/cuda").symlink_to("/etc/alternatives/cuda")
+    (path,) = (containers.REPOSITORY / "tests/hosts").glob(f"{A100}*.json")
+    description = {**json.loads(path.read_text()), "cuda_driver_version": "12.6"}
+    name = f"libcuda.so.{version}"
+    with Compiler(description) as compiler:
+        elf = {"soname": "libcuda.so.1", "needed": ["libc.so.6"]}
+        compiler.library("cuda.c", elf, str(place / name), version=version)
+    (place / "libcuda.so.1").symlink_to(name)
+    (place / "libcuda.so").symlink_to("libcuda.so.1")
+
+
+@pytest.mark.parametrize(
+    ("version", "capabilities", "more", "expected"),
+    [
+        pytest.param("560.35.05", "compute", "", 12060, id="newer"),
+        pytest.param("560.35.05", "compute,video,utility", "", 12060, id="video"),
+        pytest.param("550.999.99", "compute", "", 12040, id="same-major"),
+        pytest.param("535.1.2", "compute", "", 12040, id="older"),
+        pytest.param("560.35.05", "compute", "features.disable-cuda-compat-lib-hook = true", 12040, id="disabled"),
+    ],
+)
+def test_compatibility_libraries(
+    shop: Workshop, asking: Path, version: str, capabilities: str, more: str, expected: int
+) -> None:
+    """A program loads the newer of host's and image's, through the cache alone; nothing of the image is mounted."""
+    bundle = shop.bundle()
+    with_compat(bundle, asking, version)
+    host = shop.simhost(A100)
+    config = containers.configure(host, shop.new("config"), shop.new("state"), more=more)
+    before = tree(bundle.rootfs)
+    script = f"{asking.name}; grep -c compat /proc/self/mountinfo || :; ldconfig -p"
+    shown = start(bundle, config, script, {**ALL, "NVIDIA_DRIVER_CAPABILITIES": capabilities})
+    assert shown.splitlines()[:2] == [str(expected), "0"]
+    wanted = "/usr/local/cuda-12.6/compat" if expected == 12060 else f"/{LIBRARIES}"
+    assert f"{wanted}/libcuda.so.1" == cached(shown)["libcuda.so.1"]
+    assert f"/{LIBRARIES}/libc.so.6" == cached(shown)["libc.so.6"]
+    assert before == tree(bundle.rootfs)
+
+
+@pytest.mark.parametrize("form", ["user-namespace", "volume"])
+def test_compatibility_libraries_elsewhere(shop: Workshop, asking: Path, form: str) -> None:
+    bundle = shop.bundle()
+    with_compat(bundle, asking, "560.35.05")
+    if form == "volume":
+        volume = shop.new("volume")
+        (bundle.rootfs / "usr/local/cuda-12.6").rename(volume)
+        (bundle.rootfs / "usr/local/cuda-12.6").mkdir()
+        mount = {
+            "destination": "/usr/local/cuda-12.6",
+            "type": "bind",
+            "source": str(volume),
+            "options": ["bind", "ro"],
+        }
+        bundle.config["mounts"].append(mount)
+    else:
+        into_user_namespace(bundle)
+    assert start(bundle, shop.config(A100), asking.name, ALL) == "12060\n"
+
+
+def test_compatibility_libraries_without_their_link(shop: Workshop, asking: Path) -> None:
+    """Nobody makes it: the cache leads to a library that is there."""
+    bundle = shop.bundle()
+    with_compat(bundle, asking, "560.35.05")
+    (bundle.rootfs / "usr/local/cuda-12.6/compat/libcuda.so.1").unlink()
+    shown = start(bundle, shop.config(A100), f"{asking.name}; ldconfig -p", ALL)
+    assert shown.startswith("12040\n")
+    assert f"/{LIBRARIES}/libcuda.so.1" == cached(shown)["libcuda.so.1"]
+
+
+@pytest.mark.parametrize("trap", ["fifo", "to-zero", "dangling", "no-link"])
+def test_compatibility_libraries_that_are_none(shop: Workshop, asking: Path, trap: str) -> None:
+    """Names that promise a library: the host's is loaded."""
+    bundle = shop.bundle()
+    containers.add_program(bundle.rootfs, asking)
+    place = bundle.rootfs / "usr/local/cuda/compat"
+    place.mkdir(parents=True)
+    library = place / "libcuda.so.999.1"
+    if trap == "fifo":
+        os.mkfifo(library)
+        os.mkfifo(place / "libcuda.so.1")
+    elif trap == "no-link":
+        library.touch()
+    else:
+        library.symlink_to("/dev/zero" if trap == "to-zero" else "nowhere")
+        (place / "libcuda.so.1").symlink_to(library.name)
+    assert start(bundle, shop.config(A100), asking.name, ALL) == "12040\n"
 
 
 # How engines start it

@@ -76,12 +76,15 @@ def _make(
     majors: dict[str, int] | None = None,
     libraries: list[Library] | None = None,
     proc: DriverProc | None = None,
+    compat: str = "",
 ) -> list[str]:
     """The plan, one line an edit, as short as it can be compared whole."""
     request = Request(("0",), tuple(capabilities.split()), (), "")
     driver = Driver("9.1", LIBRARIES if libraries is None else libraries, BINARIES, FILES)
     gpus = [GPU0] if chosen is None else chosen
-    edits = plan.make(request, gpus, _gpus(majors), driver, layout, dri_nodes=DRI, sockets=SOCKETS, proc=proc)
+    edits = plan.make(
+        request, gpus, _gpus(majors), driver, layout, dri_nodes=DRI, sockets=SOCKETS, proc=proc, compat=compat
+    )
     return [_short(edit.describe()) for edit in edits]
 
 
@@ -298,6 +301,10 @@ def test_make_proc_of_the_chosen_first(chosen: list[Gpu], expected: list[str]) -
     wanted += [f"/host/proc/nvidia/gpus/{pci} > {place}/gpus/{pci}" for pci in expected]
     assert wanted == lines[: len(wanted)]
     assert _make("utility", chosen) == lines[len(wanted) :]
+
+
+def test_make_compatibility_libraries_come_first() -> None:
+    assert f"ldcache /opt/compat {D64}" == _make("compute", compat="/opt/compat")[-1]
 
 
 @pytest.mark.parametrize(

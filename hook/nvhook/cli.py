@@ -11,6 +11,7 @@ import sys
 
 from . import (
     caps,
+    compat,
     configure,
     container,
     dri,
@@ -26,7 +27,7 @@ from . import (
     spec,
 )
 from . import config as configuration
-from .errors import NvhookError, SpecError, reason
+from .errors import NvhookError, SpecError, one_line, reason
 from .linux.root import DIRECTORY, Root
 from .version import VERSION
 
@@ -124,6 +125,7 @@ def _plan(options: argparse.Namespace, config: Config, warnings: list[str]) -> N
         sockets=sockets.find(config.driver_root),
         proc=procfs.read(config.proc_root),
         extras=[caps.find(config, asked, chosen, host), features.find(config, asked, warnings)],
+        compat=compat.find(config, asked, root, host.driver_version, lambda: gpus.brands(chosen.gpus), warnings),
     )
     document = {
         "request": asked.describe(),
@@ -164,7 +166,7 @@ def _print(document: dict[str, object], edits: list[Edit], *, as_json: bool) -> 
         print("This container asks for no GPU: nothing is done to it.")
     else:
         for edit in edits:
-            print(_sentence(edit.describe()))
+            print(one_line(_sentence(edit.describe())))  # a directory of the linker cache is named by the image
 
 
 def _sentence(edit: dict[str, object]) -> str:

@@ -32,6 +32,8 @@ _KEYS: dict[str, object] = {
     "nvidia-container-runtime.mode": "auto",
     "features.disable-imex-channel-creation": False,
     "features.ignore-imex-channel-requests": False,
+    "nvidia-container-runtime.modes.legacy.cuda-compat-mode": "ldconfig",
+    "features.disable-cuda-compat-lib-hook": False,
     "nvhook.dev-root": "/",
     "nvhook.proc-root": "/",
     "nvhook.state-dir": "/run/nvhook",
@@ -52,7 +54,6 @@ _WITHOUT_EFFECT: dict[str, tuple[object, ...]] = {
     "nvidia-container-runtime.modes.cdi.spec-dirs": (["/etc/cdi", "/var/run/cdi"],),
     "nvidia-container-runtime.modes.jit-cdi.nvcdi-feature-flags": ([],),
     "nvidia-container-runtime.modes.jit-cdi.nvcdi-disable-hooks": ([],),
-    "nvidia-container-runtime.modes.legacy.cuda-compat-mode": ("ldconfig", "disabled"),
     "nvidia-container-runtime-hook.path": (
         "",
         "nvidia-container-runtime-hook",
@@ -63,14 +64,15 @@ _WITHOUT_EFFECT: dict[str, tuple[object, ...]] = {
     "features.allow-cuda-compat-libs-from-container": (False,),
     "features.allow-ldconfig-from-container": (False,),
     "features.allow-unknown-oci-spec-fields": (False, True),
-    "features.disable-cuda-compat-lib-hook": (False, True),
     "features.no-additional-gids-for-device-nodes": (False, True),
 }
 
 _MODE = "nvidia-container-runtime.mode"
+_COMPAT_MODE = "nvidia-container-runtime.modes.legacy.cuda-compat-mode"
 _ENVVAR = "accept-nvidia-visible-devices-envvar-when-unprivileged"
 _MOUNTS = "accept-nvidia-visible-devices-as-volume-mounts"
 _MODES = ("auto", "legacy", "cdi", "jit-cdi", "csv")
+_COMPAT_MODES = ("disabled", "hook", "ldconfig", "mount")
 _LOG_LEVELS = ("trace", "debug", "info", "warning", "warn", "error", "fatal", "panic")
 
 
@@ -80,6 +82,7 @@ class Config:
     __slots__ = (
         "accept_env_when_unprivileged",
         "accept_volume_mounts",
+        "cuda_compat",
         "dev_root",
         "disable_require",
         "driver_root",
@@ -116,6 +119,8 @@ class Config:
         self.runtimes = _names(values["nvidia-container-runtime.runtimes"])
         self.ignore_imex_channels = bool(values["features.ignore-imex-channel-requests"])
         self.imex_channels_of_host_only = bool(values["features.disable-imex-channel-creation"])
+        # NVIDIA's `hook` has the same effect as `ldconfig`, and whoever disables the hook wants none.
+        self.cuda_compat = values[_COMPAT_MODE] != "disabled" and not values["features.disable-cuda-compat-lib-hook"]
         self.dev_root = str(values["nvhook.dev-root"])
         self.proc_root = str(values["nvhook.proc-root"])
         self.state_dir = str(values["nvhook.state-dir"])
@@ -183,6 +188,9 @@ def remarks(items: list[tuple[str, object]], values: dict[str, object]) -> list[
     mode = values[_MODE]
     if mode not in ("auto", "legacy"):
         found.append((_MODE, f"`{_MODE}` = `{mode}` is not honoured by nvhook"))
+    if values[_COMPAT_MODE] == "mount":
+        text = f"`{_COMPAT_MODE}` = `mount` is not honoured by nvhook, which mounts no file of an image"
+        found.append((_COMPAT_MODE, f"{text}; `ldconfig` is in force"))
     if not values[_ENVVAR] and not values[_MOUNTS]:
         text = (
             f"`{_ENVVAR}` is false and so is `{_MOUNTS}`: only by annotation can an unprivileged container ask for GPUs"
@@ -250,6 +258,7 @@ _TYPES = {bool: "true or false", str: "a string", list: "a list of strings"}
 _ALLOWED = {
     "nvidia-container-runtime.mode": _MODES,
     "nvidia-container-runtime.log-level": _LOG_LEVELS,
+    _COMPAT_MODE: _COMPAT_MODES,
 }
 
 

@@ -104,6 +104,11 @@ def select(devices: tuple[str, ...], host: Gpus, report: Reporter) -> Selection:
     return Selection([gpu for gpu in host.gpus if gpu.index in chosen], [migs[key] for key in sorted(migs)])
 
 
+def brands(gpus: list[Gpu]) -> set[str]:
+    """The first word of the products' names in lower case: geforce of NVIDIA GeForce RTX 4090, tesla of Tesla V100."""
+    return {gpu.model.lower().removeprefix("nvidia ").partition(" ")[0] for gpu in gpus}
+
+
 def _find(device: str, gpus: list[Gpu]) -> Gpu:
     found = [gpu for gpu in gpus if _is_named(gpu, device)]
     if len(found) > 1:

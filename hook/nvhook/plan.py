@@ -67,17 +67,19 @@ def make(
     sockets: Sequence[Socket] = (),
     proc: DriverProc | None = None,
     extras: Sequence[Extras] = (),
+    compat: str = "",
 ) -> list[Edit]:
     """The edits for a container of this `layout`. DriverError or DeviceError where the host lacks a part.
 
     `dri_nodes`, `sockets`, `proc` and `extras` are what the host has at this moment: dri.find(), sockets.find(),
-    procfs.read(), caps.find() and features.find().
+    procfs.read(), caps.find() and features.find(). `compat` is the image's directory of libraries to be preferred:
+    compat.find().
     """
     libraries = _libraries(request, driver)
     asked = set(request.capabilities)
     data = [item for found in extras for item in found.data]
     edits = _proc(proc, chosen, [item for item in data if _is_proc(item)]) + _profile(asked, chosen)
-    directories = []
+    directories = [compat] if compat else []
     names = []
     for library in libraries:
         directory = layout.libraries if library.bits == 64 else layout.libraries32
@@ -111,7 +113,8 @@ def make(
         edits.append(Symlink(f"/dev/dri/by-path/pci-{node.pci}-{node.role}", f"../{node.name}"))
     edits += devices(request, chosen, gpus, dri_nodes, extras)
     if directories:
-        edits.append(Ldcache(tuple(directories), tuple(names)))
+        # What is in the image's directory only ldconfig can say.
+        edits.append(Ldcache(tuple(directories), () if compat else tuple(names)))
     return edits
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import sys
 
-from . import caps, dri, features, inventory, leftovers, mig, plan, procfs, request, requirements, sockets, spec
+from . import caps, compat, dri, features, inventory, leftovers, mig, plan, procfs, request, requirements, sockets, spec
 from . import container as containers
 from . import edits as editing
 from . import gpus as hosts
@@ -78,6 +78,9 @@ def prepare(config: Config, asked: Request, container: Container, warnings: list
     gpus = hosts.read(config.proc_root)
     chosen = hosts.select(asked.devices, gpus, mig.reporter(config, gpus, warnings))
     requirements.check(asked.requirements, requirements.facts_of(gpus.driver_version))
+    compatible = compat.find(
+        config, asked, container.root, gpus.driver_version, lambda: hosts.brands(chosen.gpus), warnings
+    )
     for again in (False, True):
         driver = inventory.load(config, gpus.driver_version, warnings, again=again)
         edits = plan.make(
@@ -90,6 +93,7 @@ def prepare(config: Config, asked: Request, container: Container, warnings: list
             sockets=sockets.find(config.driver_root),
             proc=procfs.read(config.proc_root),
             extras=[caps.find(config, asked, chosen, gpus), features.find(config, asked, warnings)],
+            compat=compatible,
         )
         try:
             _prepare(edits, config)
