@@ -285,8 +285,8 @@ class Mount(Edit):
 
     def apply(self, container: Container) -> None:
         assert self._source is not None, "prepare() comes first"
-        if self._inside and self._inside.root is None:
-            return
+        if self._inside and not self._inside.root:
+            return  # left out, with the directory that it is below
         try:
             parent, name = self._parent(container, self.destination)
             try:
@@ -306,7 +306,7 @@ class Mount(Edit):
             raise MountError(f"mount `{self.source}` on `{self.destination}`: {reason(error)}") from None
 
     def _parent(self, container: Container, path: str) -> tuple[int, str]:
-        if self._inside is None or self._inside.root is None:
+        if not self._inside or not self._inside.root:
             return super()._parent(container, path)
         directory, name = os.path.split(path.removeprefix(self._inside.destination))
         made: list[tuple[int, str]] = []
