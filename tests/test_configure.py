@@ -714,7 +714,8 @@ def test_podman_reads_it(host: Host) -> None:
     host.done("podman", "--set-as-default", file=file)
     env = {**os.environ, "CONTAINERS_CONF": str(file)}
     with tempfile.TemporaryDirectory(dir="/tmp") as short:  # Podman takes no runroot of more than 50 characters
-        places = ["--root", f"{short}/root", "--runroot", f"{short}/run", "--storage-driver", "vfs"]
+        places = ["--root", f"{short}/root", "--runroot", f"{short}/run", "--tmpdir", f"{short}/tmp"]
+        places += ["--network-config-dir", f"{short}/net", "--storage-driver", "vfs"]
         command = [podman, *places, "info", "--format", "{{.Host.OCIRuntime.Name}} {{.Host.OCIRuntime.Path}}"]
         done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
     assert done.stdout == f"nvidia {host.runtime}\n", done.stderr
