@@ -1,49 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Podman in places of its own, with an installation of nvhook on a simulated host.
+"""Podman on a machine of its own, with an installation of nvhook on a simulated host.
 
-Podman has no daemon. Its commands are run in mount, process and network namespaces made for the tests, where /etc is a
-copy with a user more, and /run is empty; with the first process of the process namespace everything ends.
+Podman has no daemon: its commands are run there, by root and by a user that only that machine has.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
-import shutil
-import signal
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
-from containers import REPOSITORY, configure
+from .machine import PLACES, UNIFIED, Machine, install
 
-from .docker import wait
-
-_PLACES = "/usr/sbin:/usr/bin:/sbin:/bin"
-_PROGRAMS = ("podman", "conmon", "runc", "crun", "newuidmap", "nsenter", "setpriv", "unshare")
+PROGRAMS = ("podman", "conmon", "runc", "crun", "newuidmap", "nsenter", "setpriv", "unshare")
 
 USER = 21701  # the one who is not root; nobody on the machine has this number
 _FIRST_ID = 400000
 
-# `$1` is the directory of it all. systemd shares mounts with everybody, and so does this.
-_INIT = """
-place=$1
-mount -t overlay -o "lowerdir=/etc,upperdir=$place/etc,workdir=$place/work" overlay /etc
-mount -t tmpfs -o mode=755 tmpfs /run
-mount --make-rshared /
-touch "$place/is-ready"
-cat
-"""
-
-_UNIFIED = 'mount -t cgroup2 cgroup2 /sys/fs/cgroup; exec "$@"'
-
 # The soft limits of a machine without CAP_SYS_RESOURCE are above what Podman may then ask for itself.
 _LIMITS = ("--ulimit=nofile=1024:1024", "--ulimit=nproc=1024:1024")
-
-
-def missing() -> str:
-    """Empty when the programs are there."""
-    return ", ".join(name for name in _PROGRAMS if not shutil.which(name, path=_PLACES))
 
 
 class Podman:
@@ -55,18 +32,10 @@ class Podman:
         self.prefix = place / "prefix"
         self.runtime = str(self.prefix / "bin/nvidia-container-runtime")
         self.hooks = str(self.prefix / "share/containers/oci/hooks.d")
-        self._init: subprocess.Popen[bytes] | None = None
+        self.machine = Machine(place)
 
     def start(self) -> None:
-        self.place.chmod(0o755)
-        config = self.prefix / "etc/nvidia-container-runtime/config.toml"
-        config.parent.mkdir(parents=True)
-        configure(self.host, config, self.place / "state", runtime="runc")
-        install = [str(REPOSITORY / "scripts/install"), "install"]
-        subprocess.run([*install, self.prefix, self.prefix / "etc"], check=True, capture_output=True)
-        (self.place / "work").mkdir()
-        etc = self.place / "etc"
-        etc.mkdir()
+        install(self.prefix, self.host, self.place / "state")
         for name, line in (
             ("passwd", f"nvhook-test:x:{USER}:{USER}::/nonexistent:/bin/sh"),
             ("group", f"nvhook-test:x:{USER}:"),
@@ -74,45 +43,30 @@ class Podman:
             ("subgid", f"nvhook-test:{_FIRST_ID}:65536"),
         ):
             before = Path("/etc", name)
-            (etc / name).write_text((before.read_text() if before.exists() else "") + line + "\n")
+            (self.machine.etc / name).write_text((before.read_text() if before.exists() else "") + line + "\n")
         for who, owner in (("root", 0), ("user", USER)):
             for name in ("", "home", "xdg"):
                 (self.place / who / name).mkdir(mode=0o700)
                 os.chown(self.place / who / name, owner, owner)
-        unshare = ["unshare", "--mount", "--pid", "--fork", "--net", "--mount-proc", "sh", "-euc", _INIT, "-"]
-        self._init = subprocess.Popen(
-            [*unshare, str(self.place)], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, cwd="/"
-        )
-        wait("the namespaces are made", (self.place / "is-ready").exists, 10)
+        self.machine.start()
 
     def stop(self) -> list[str]:
         """End everything; the answer is what containers had left."""
-        assert self._init
-        assert self._init.stdin
         left = []
         for user in (0, USER):
             self.podman("rm", "--all", "--force", "--time=0", user=user)
             left += [line for line in self.podman("ps", "--all", "--quiet", user=user).stdout.splitlines() if line]
         left += [f"noted: {path}" for path in (self.place / "state").rglob("containers/*")]
-        self._init.stdin.close()
-        try:
-            self._init.wait(10)
-        except subprocess.TimeoutExpired:
-            self._init.send_signal(signal.SIGKILL)
-            self._init.wait(10)
-        lines = Path("/proc/self/mountinfo").read_text().splitlines()
-        return left + [f"mount on the machine: {line}" for line in lines if str(self.place) in line]
+        # "podman pause" holds the user namespace of whoever is not root, for as long as the machine is there.
+        return left + [line for line in self.machine.end() if line != "process: podman pause"]
 
     def here(self, *command: str, user: int = 0) -> subprocess.CompletedProcess[str]:
         """A command in the namespaces, as this user."""
-        assert self._init
-        (first,) = Path(f"/proc/{self._init.pid}/task/{self._init.pid}/children").read_text().split()
         place = self.place / ("user" if user else "root")
-        enter = [f"--target={first}", "--mount", "--pid", "--net", "--wd=/"]
         change = ["setpriv", f"--reuid={user}", f"--regid={user}", "--clear-groups"] if user else []
         return subprocess.run(
-            ["nsenter", *enter, *change, *command],
-            env={"PATH": _PLACES, "HOME": str(place / "home"), "XDG_RUNTIME_DIR": str(place / "xdg")},
+            [*self.machine.enter(), *change, *command],
+            env={"PATH": PLACES, "HOME": str(place / "home"), "XDG_RUNTIME_DIR": str(place / "xdg")},
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
@@ -124,7 +78,7 @@ class Podman:
         """`unified`: in a cgroup hierarchy of version 2, whatever the machine has. crun takes no other below Podman."""
         place = self.place / ("user" if user else "root")
         places = [f"--root={place}/storage", f"--runroot={place}/run", f"--tmpdir={place}/tmp"]
-        before = ["unshare", "--mount", "sh", "-euc", _UNIFIED, "-"] if unified else []
+        before = ["unshare", "--mount", *UNIFIED] if unified else []
         return self.here(*before, "podman", *places, "--cgroup-manager=cgroupfs", *words, user=user)
 
     def do(self, *words: str, user: int = 0, unified: bool = False) -> str:

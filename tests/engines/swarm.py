@@ -13,32 +13,22 @@ import io
 import json
 import os
 import re
-import shutil
 import signal
 import subprocess
 import tarfile
-import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from containers import REPOSITORY, configure, make_image
+from containers import make_image
+
+from .machine import OWN_PLACES, PLACES, install, program, wait
 
 KIND = "NVIDIA-GPU"
 VARIABLE = f"DOCKER_RESOURCE_{KIND}"  # Docker writes the kind in capitals; no shell can expand a name with a dash
 IMAGE = "nvhook-swarm:1"
-_PLACES = "/usr/sbin:/usr/bin:/sbin:/bin"  # of a distribution's packages, which are what is tested
-_PROGRAMS = ("dockerd", "docker", "containerd", "runc", "ip", "nsenter")
-
-
-def missing() -> str:
-    """Empty when the programs are there."""
-    return ", ".join(name for name in _PROGRAMS if not shutil.which(name, path=_PLACES))
-
-
-def program(name: str) -> str:
-    return shutil.which(name, path=_PLACES) or name
+PROGRAMS = ("dockerd", "docker", "containerd", "runc", "ip", "nsenter", "unshare")
 
 
 class Task:
@@ -65,12 +55,12 @@ class Node:
         self.gpus = _uuids(host)
         self.id = ""  # in the swarm
         self._engine: subprocess.Popen[bytes] | None = None
-        directory.mkdir()
-        etc = directory / "prefix/etc/nvidia-container-runtime"
-        etc.mkdir(parents=True)
-        configure(host, etc / "config.toml", directory / "state", more=f'swarm-resource = "{VARIABLE}"')
-        _run(str(REPOSITORY / "scripts/install"), "install", str(directory / "prefix"), str(directory / "prefix/etc"))
+        for path in (directory, directory / "etc", directory / "work"):
+            path.mkdir()
+        install(directory / "prefix", host, directory / "state")
         self._write_configuration()
+        command = [str(directory / "prefix/bin/nvhook"), "configure", "docker", "--swarm-resource", "--set-as-default"]
+        _run(*command, "--config-file", str(directory / "daemon.json"))
 
     def _write_configuration(self) -> None:
         configuration = {
@@ -86,9 +76,6 @@ class Node:
             "iptables": False,
             "ip-masq": False,
             "ip-forward": False,
-            "default-runtime": "nvidia",
-            "runtimes": {"nvidia": {"path": str(self.directory / "prefix/bin/nvidia-container-runtime")}},
-            "node-generic-resources": [f"{KIND}={gpu}" for gpu in self.gpus],
         }
         (self.directory / "daemon.json").write_text(json.dumps(configuration, indent=4))
 
@@ -98,11 +85,13 @@ class Node:
 
     @property
     def _environment(self) -> dict[str, str]:
-        return {"PATH": _PLACES, "HOME": str(self.directory), "DOCKER_HOST": self._socket}
+        return {"PATH": PLACES, "HOME": str(self.directory), "DOCKER_HOST": self._socket}
 
     def start(self) -> None:
         """nsenter, not `ip netns exec`, which puts a /sys without cgroups in the place of the machine's."""
-        command = [program("nsenter"), f"--net=/run/netns/{self.name}", program("dockerd")]
+        places = f'place=$1\nshift\n{OWN_PLACES}\nexec "$@"'
+        unshare = [program("unshare"), "--mount", "sh", "-euc", places, "-", str(self.directory)]
+        command = [program("nsenter"), f"--net=/run/netns/{self.name}", *unshare, program("dockerd")]
         with (self.directory / "log").open("ab") as log:
             self._engine = subprocess.Popen(
                 [*command, "--config-file", str(self.directory / "daemon.json")],
@@ -175,9 +164,7 @@ class Node:
         return found
 
     def clear(self) -> None:
-        """What an engine that has ended leaves: mounts of namespaces and of its data, empty cgroups."""
-        for path in reversed(self.mounts()):
-            _run("umount", "--lazy", path)
+        """What an engine that has ended leaves: empty cgroups. Its mounts have gone with their namespace."""
         for path in self.cgroups():
             with contextlib.suppress(OSError):
                 os.rmdir(path)
@@ -310,15 +297,6 @@ def swarm(directory: Path, hosts: tuple[Path, Path]) -> Iterator[Swarm]:
                 node.clear()
     assert [line for node in nodes for line in node.leftovers()] == []
     assert not [name for name in names if os.path.exists(f"/run/netns/{name}")]
-
-
-def wait(what: str, is_so: Callable[[], bool], seconds: float) -> None:
-    """Until `is_so()`; TimeoutError, which says `what`, if it is not so in time."""
-    end = time.monotonic() + seconds
-    while not is_so():
-        if time.monotonic() > end:
-            raise TimeoutError(f"not in {seconds} s: {what}")
-        time.sleep(0.1)
 
 
 def _complete_output(node: Node, container: str) -> str:

@@ -19,7 +19,9 @@ import pytest
 from conftest import cannot
 from containers import TRIPLET, TRY, gpu_lines, make_image
 from engines import docker as engine
-from engines.docker import FIRST_ID, REMAPPED, Docker, wait
+from engines import machine
+from engines.docker import FIRST_ID, REMAPPED, Docker
+from engines.machine import wait
 
 pytestmark = [pytest.mark.root, pytest.mark.engines]
 
@@ -47,17 +49,16 @@ _CAP_SYS_RESOURCE = 24
 @pytest.fixture(scope="module")
 def place() -> Iterator[Path]:
     """After everything of this file: no trace of an engine on the machine."""
-    absent = engine.missing()
+    absent = machine.missing(engine.PROGRAMS)
     if absent:
         cannot(f"not installed: {absent}")
-    before = engine.traces()
+    before = machine.traces()
     with tempfile.TemporaryDirectory(prefix="nvhook-docker-") as name:
         directory = Path(name)
         directory.chmod(0o755)  # root of a user namespace has to come through
         yield directory
-    assert before == engine.traces()
-    commands = [path.read_bytes() for path in Path("/proc").glob("[0-9]*/cmdline") if path.exists()]
-    assert not [command for command in commands if name.encode() in command]
+    assert before == machine.traces()
+    assert machine.commands(name) == []
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +87,7 @@ def docker(place: Path, images: Path, simhost: Callable[[str], Path]) -> Iterato
 def remapped(place: Path, images: Path, simhost: Callable[[str], Path]) -> Iterator[Docker]:
     """An engine whose containers have a user namespace."""
     (place / "remapped").mkdir()
-    docker = Docker(place / "remapped", simhost(HOST), **{"userns-remap": REMAPPED})
+    docker = Docker(place / "remapped", simhost(HOST), settings={"userns-remap": REMAPPED})
     try:
         docker.start()
         docker.load("debian", images / "debian")
@@ -151,6 +152,20 @@ def test_variable_of_the_image(docker: Docker, images: Path) -> None:
 
 def test_variable_without_the_runtime_gives_nothing(docker: Docker) -> None:
     assert docker.run("-e", "NVIDIA_VISIBLE_DEVICES=all", script=LOOK) == NONE
+
+
+@pytest.mark.parametrize(
+    ("env", "expected"), [({}, BOTH), ({"NV_GPU": "1"}, gpu_lines(HOST, 1))], ids=["all", "NV_GPU"]
+)
+def test_nvidia_docker(docker: Docker, env: dict[str, str], expected: str) -> None:
+    """As an old script calls it, with an image that asks for all."""
+    with docker.container(script="exit") as name:
+        docker.do("commit", "--change", "ENV NVIDIA_VISIBLE_DEVICES=all", name, "asks-for-all")
+    command = [str(docker.bin / "nvidia-docker"), "run", "--rm", "asks-for-all", "nvidia-smi", "-L"]
+    done = subprocess.run(
+        command, env={**docker.environment, **env}, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert (0, expected) == (done.returncode, done.stdout), done.stderr
 
 
 # --gpus
@@ -287,7 +302,7 @@ services:
 
 def test_compose(docker: Docker, tmp_path: Path) -> None:
     (tmp_path / "docker-compose.yml").write_text(COMPOSE)
-    compose = [engine.program("docker-compose"), "--project-name", "test", "--no-ansi"]
+    compose = [machine.program("docker-compose"), "--project-name", "test", "--no-ansi"]
 
     def call(*words: str) -> str:
         done = subprocess.run(
@@ -784,13 +799,40 @@ def test_hook_that_fails_in_the_container(docker: Docker, place: Path) -> None:
         docker.do("rm", name)
 
 
+# crun below
+
+
+def test_crun(place: Path, images: Path, simhost: Callable[[str], Path]) -> None:
+    directory = place / "crun"
+    directory.mkdir()
+    try:
+        machine.make_crun(directory / "crun")
+    except LookupError as error:
+        cannot(str(error))
+    docker = Docker(directory, simhost(HOST), runtime=str(directory / "crun"), unified=True)
+    try:
+        docker.start()
+        docker.load("debian", images / "debian")
+        assert docker.run(*RUNTIME) == BOTH
+        assert gpu_lines(HOST, 1) == docker.run("--gpus", "device=1", "--runtime=nvidia")
+        assert docker.run("--runtime=nvidia", script=LOOK) == NONE
+        with docker.container(*RUNTIME) as name:
+            assert docker.do("exec", name, "nvidia-smi", "-L") == BOTH
+            docker.do("restart", "--time=0", name)
+            assert docker.do("exec", name, "nvidia-smi", "-L") == BOTH
+        assert "device error: unknown device `7`" in docker.refused("--gpus", "device=7", "--runtime=nvidia")
+    finally:
+        left = docker.stop()
+    assert left == []
+
+
 # Several at once
 
 
 def test_eight_at_once(docker: Docker, simhost: Callable[[str], Path]) -> None:
     """With no inventory of the driver at first."""
     ways = [*WAYS.values()]
-    command = [engine.program("docker"), "run", "--rm"]
+    command = [machine.program("docker"), "run", "--rm"]
     with docker.configured("", host=simhost(HOST)):
         running: list[subprocess.Popen[str]] = [
             subprocess.Popen(

@@ -11,6 +11,7 @@ import pytest
 
 from conftest import HOSTS, cannot
 from containers import gpu_lines, make_image
+from engines import machine
 from engines import podman as engine
 from engines.podman import USER, Podman
 from simhost.build import build
@@ -26,7 +27,7 @@ USERS = pytest.mark.parametrize("user", [0, USER], ids=["root", "rootless"])
 
 @pytest.fixture(scope="module")
 def podman() -> Iterator[Podman]:
-    absent = engine.missing()
+    absent = machine.missing(engine.PROGRAMS)
     if absent:
         cannot(f"not installed: {absent}")
     with tempfile.TemporaryDirectory(prefix="nvhook-podman-") as name:
@@ -44,8 +45,7 @@ def podman() -> Iterator[Podman]:
         finally:
             left = podman.stop()
         assert left == []
-    commands = [path.read_bytes() for path in Path("/proc").glob("[0-9]*/cmdline") if path.exists()]
-    assert not [command for command in commands if name.encode() in command]
+    assert machine.commands(name) == []
 
 
 Roads = Callable[[str], tuple[str, ...]]

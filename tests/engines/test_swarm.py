@@ -11,7 +11,9 @@ from pathlib import Path
 import pytest
 
 from conftest import cannot
+from engines import machine
 from engines import swarm as engines
+from engines.machine import wait
 from engines.swarm import KIND, Swarm, Task
 
 pytestmark = [pytest.mark.root, pytest.mark.engines]
@@ -22,7 +24,7 @@ ONE_GPU = ("--generic-resource", f"{KIND}=1")
 @pytest.fixture(scope="module")
 def swarm(simhost: Callable[[str], Path]) -> Iterator[Swarm]:
     """A manager with two GPUs and a worker with eight."""
-    absent = engines.missing()
+    absent = machine.missing(engines.PROGRAMS)
     if absent:
         cannot(f"not installed: {absent}")
     try:
@@ -31,11 +33,13 @@ def swarm(simhost: Callable[[str], Path]) -> Iterator[Swarm]:
             pass
     except RuntimeError as error:
         cannot(f"no network namespaces with a veth pair on this machine: {error}")
+    before = machine.traces()
     with (
         tempfile.TemporaryDirectory(prefix="nvhook-swarm-") as name,
         engines.swarm(Path(name), (simhost("a100x2"), simhost("h100x8"))) as both,
     ):
         yield both
+    assert before == machine.traces()
 
 
 def _all(tasks: dict[str, list[Task]]) -> list[Task]:
@@ -68,7 +72,7 @@ def test_every_gpu_goes_to_one_task(swarm: Swarm) -> None:
         assert {node.name: len(node.gpus) for node in swarm.nodes} == {name: len(tasks[name]) for name in tasks}
         swarm.manager.docker("service", "scale", "--detach", "one=11")
         waiting = "insufficient resources on 2 nodes"
-        engines.wait("the eleventh has to wait", lambda: any(waiting in line for line in swarm.errors("one")), 20)
+        wait("the eleventh has to wait", lambda: any(waiting in line for line in swarm.errors("one")), 20)
         swarm.wait_for("one", 10, 11)
 
 
@@ -92,9 +96,9 @@ def test_drained_node_hands_its_tasks_over(swarm: Swarm) -> None:
         assert all(before.values()), "the work is shared at first"
         swarm.set_availability(swarm.manager, "drain")
         try:
-            engines.wait("nothing runs here", lambda: not swarm.manager.running("moving"), 30)
+            wait("nothing runs here", lambda: not swarm.manager.running("moving"), 30)
             # The swarm's own count is behind: for a moment it still has the tasks that have just ended here.
-            engines.wait("all of them run there", lambda: len(swarm.worker.running("moving")) == 4, 40)
+            wait("all of them run there", lambda: len(swarm.worker.running("moving")) == 4, 40)
             after = swarm.tasks("moving")
             _assert_exclusive(swarm, after, 1)
             assert [len(after[node.name]) for node in swarm.nodes] == [0, 4]
