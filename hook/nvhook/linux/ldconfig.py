@@ -3,8 +3,8 @@
 
 The program runs from a sealed copy in memory, so that nothing in that tree can reach the file on the host through
 /proc/<pid>/exe (CVE-2019-5736 and its family). It runs as the owner of the tree, without capabilities, without
-environment, with the tree as its whole world: mount, pid, network, IPC and host name namespaces of its own, nothing
-below /proc, /sys and /dev, and limits on time, memory and file size.
+environment, with the tree as its whole world: namespaces of its own (confine.py), nothing below /proc, /sys and /dev,
+and limits on time, memory and file size.
 
 `seal` is called in the host's mount namespace, `run` in the container's.
 """
@@ -14,11 +14,8 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
-import resource
-import select
-import time
 
-from . import kernel
+from . import confine, kernel
 from .root import DIRECTORY, Root
 
 _SECONDS = 10
@@ -57,88 +54,20 @@ def run(program: int, rootfs: str, root: Root, directories: tuple[str, ...], own
     known = [path for path in (*directories, *_SYSTEM_DIRECTORIES) if root.exists(path)]
     known = list(dict.fromkeys(known))
     arguments = ["ldconfig", "-X", "-f", "/etc/ld.so.conf", "-C", "/etc/ld.so.cache", *known]
-    output, child_output = os.pipe2(os.O_CLOEXEC)
-    child = os.fork()
-    if child == 0:
-        _confine(program, rootfs, root, owner, arguments, child_output)  # does not return
-    os.close(child_output)
-    try:
-        status, text = _watch(child, output)
-    finally:
-        os.close(output)
-    if status != 0:
-        raise OSError(errno.ECHILD, text or f"ended with status {status}")
-
-
-def _watch(child: int, output: int) -> tuple[int, str]:
-    """The child's exit status and the last line it printed; it is killed when its time is over."""
-    pidfd = os.pidfd_open(child)
-    try:
-        text = b""
-        end = time.monotonic() + _SECONDS
-        waiting = [pidfd, output]
-        while pidfd in waiting:
-            ready, _, _ = select.select(waiting, [], [], max(0.0, end - time.monotonic()))
-            if not ready:
-                os.kill(child, 9)
-                os.waitpid(child, 0)
-                return -1, f"not finished after {_SECONDS} s"
-            if output in ready:
-                chunk = os.read(output, _OUTPUT)
-                text = (text + chunk)[-_OUTPUT:]
-                if not chunk:
-                    waiting.remove(output)
-            if pidfd in ready:
-                waiting.remove(pidfd)
-        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    finally:
-        os.close(pidfd)
-    lines = text.decode(errors="replace").split("\n")
-    return status, next((line for line in reversed(lines) if line), "")
-
-
-def _confine(program: int, rootfs: str, root: Root, owner: tuple[int, int], arguments: list[str], output: int) -> None:
-    """In the child: give everything up, then become ldconfig. Whatever fails here is told through `output`."""
-    step = "start"
-    try:
-        # The one way to be in the root filesystem in the new namespace without a path from `/`, which is not where
-        # an engine in a chroot has it: unshare takes the current directory along.
-        step = "unshare"
-        os.fchdir(root.fd)
-        # Files were made as the container's root; the directories above its tree are for the host's.
-        kernel.setfsuid(os.geteuid())
-        kernel.setfsgid(os.getegid())
-        kernel.prctl(kernel.PR_SET_PDEATHSIG, 9)
-        kernel.unshare(
-            kernel.CLONE_NEWNS | kernel.CLONE_NEWPID | kernel.CLONE_NEWIPC | kernel.CLONE_NEWUTS | kernel.CLONE_NEWNET
-        )
-        step = "fork"
-        worker = os.fork()  # the pid namespace begins with a child
-        if worker:
-            # Whoever waits for us kills us, not the worker: it dies with us through PDEATHSIG.
-            os._exit(os.waitstatus_to_exitcode(os.waitpid(worker, 0)[1]) & 0xFF)
-        step = f"make `{rootfs}` the root directory"
-        _pivot(os.path.basename(rootfs), root)
-        step = "set up its streams"
-        _only_standard_streams(program, output)
-        output = 2
-        step = "give up privileges"
-        _limit()
-        kernel.drop_bounding_set()
-        _drop_groups()
-        os.setresgid(owner[1], owner[1], owner[1])
-        os.setresuid(owner[0], owner[0], owner[0])
-        kernel.drop_capabilities()
-        kernel.prctl(kernel.PR_SET_NO_NEW_PRIVS, 1)
-        kernel.prctl(kernel.PR_SET_PDEATHSIG, 9)  # the change of identity cleared it
-        step = "execute"
-        os.execve(3, arguments, {})
-    except OSError as error:
-        os.write(output, f"{step}: {error.strerror}\n".encode(errors="replace"))
-    except BaseException as error:  # the child must end here, and say why
-        os.write(output, f"{step}: {error!r}\n".encode(errors="replace"))
-    finally:
-        os._exit(127)
+    ended = confine.run(
+        # The one way to be in the root filesystem in the new namespace without a path from `/`, which is not where an
+        # engine in a chroot has it.
+        root.fd,
+        (f"make `{rootfs}` the root directory", lambda: _pivot(os.path.basename(rootfs), root)),
+        ("execute", lambda: os.execve(3, arguments, {})),
+        owner,
+        confine.Bounds(seconds=_SECONDS, memory=_MEMORY, file_size=_FILE_SIZE, files=_FILES, output=_OUTPUT),
+        program=program,
+    )
+    if ended.status is None:
+        raise OSError(errno.ECHILD, f"not finished after {_SECONDS} s")
+    if ended.status != 0:
+        raise OSError(errno.ECHILD, ended.last_line() or f"ended with status {ended.status}")
 
 
 def _pivot(name: str, root: Root) -> None:
@@ -161,35 +90,3 @@ def _pivot(name: str, root: Root) -> None:
         os.close(fd)
         kernel.mount("none", ".", "tmpfs", kernel.MS_RDONLY | kernel.MS_NOSUID | kernel.MS_NODEV | kernel.MS_NOEXEC)
     os.chdir("/")
-
-
-def _drop_groups() -> None:
-    try:
-        os.setgroups([])
-    except PermissionError:
-        return  # a user namespace that was made without newgidmap denies it to everybody
-
-
-def _limit() -> None:
-    for what, limit in (
-        (resource.RLIMIT_CPU, _SECONDS),
-        (resource.RLIMIT_AS, _MEMORY),
-        (resource.RLIMIT_FSIZE, _FILE_SIZE),
-        (resource.RLIMIT_NOFILE, _FILES),
-        (resource.RLIMIT_CORE, 0),
-    ):
-        hard = resource.getrlimit(what)[1]
-        value = limit if hard == resource.RLIM_INFINITY else min(limit, hard)
-        resource.setrlimit(what, (value, value))
-
-
-def _only_standard_streams(program: int, output: int) -> None:
-    """0 is empty, 1 and 2 are `output`, 3 is the program; everything else is closed."""
-    program = fcntl.fcntl(program, fcntl.F_DUPFD_CLOEXEC, 10)
-    output = fcntl.fcntl(output, fcntl.F_DUPFD_CLOEXEC, 10)
-    reading, _writing = os.pipe()
-    reading = fcntl.fcntl(reading, fcntl.F_DUPFD_CLOEXEC, 10)
-    for target, fd in ((0, reading), (1, output), (2, output)):
-        os.dup2(fd, target)
-    os.dup2(program, 3, inheritable=False)
-    os.closerange(4, 1 << 16)  # `writing` among them: 0 is at its end
