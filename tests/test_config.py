@@ -36,6 +36,7 @@ DEFAULTS: dict[str, Any] = {
     "state_dir": "/run/nvhook",
     "supported_capabilities": ALL,
     "swarm_resources": (),
+    "user": "",
     "warnings": [],
 }
 
@@ -106,6 +107,7 @@ def test_load_shipped_file_comments_are_keys_that_exist(tmp_path: Path) -> None:
         "swarm_resources": ("DOCKER_RESOURCE_GPU",),
         "driver_root": "/run/nvidia/driver",
         "log_file": "/var/log/nvidia-container-runtime.log",
+        "user": "65534:65534",
     }
     assert _record(found) == {**DEFAULTS, **changed}
 
@@ -159,6 +161,9 @@ def test_load_does_not_parse(tmp_path: Path, text: str | bytes) -> None:
         pytest.param("nvidia-container-cli.root = ''", "driver_root", "/", id="root-empty"),
         pytest.param("nvidia-container-cli.ldcache = '/c'", "ldcache", "/c", id="ldcache"),
         pytest.param("nvidia-container-cli.no-cgroups = true", "no_cgroups", True, id="no-cgroups"),
+        pytest.param("nvidia-container-cli.user = '1000'", "user", "1000", id="user"),
+        pytest.param("nvidia-container-cli.user = 'root:video'", "user", "root:video", id="user-and-group"),
+        pytest.param("nvidia-container-cli.user = '4294967294:0'", "user", "4294967294:0", id="user-last-number"),
         pytest.param("nvidia-container-runtime.debug = '/l'", "log_file", "/l", id="debug"),
         pytest.param("nvidia-container-runtime.log-level = 'error'", "log_level", "error", id="log-level"),
         pytest.param("nvidia-container-runtime.runtimes = ['/x/runc']", "runtimes", ("/x/runc",), id="runtimes"),
@@ -196,6 +201,7 @@ STRINGS = (
     "nvidia-container-cli.root",
     "nvidia-container-cli.ldcache",
     "nvidia-container-cli.ldconfig",
+    "nvidia-container-cli.user",
     "nvidia-container-runtime.debug",
     "nvidia-container-runtime.log-level",
     "nvidia-container-runtime.mode",
@@ -248,6 +254,16 @@ def test_load_unknown_value(tmp_path: Path, text: str, message: str) -> None:
     assert message in _error(tmp_path, text)
 
 
+@pytest.mark.parametrize(
+    "user", [":", "a:", ":b", "a:b:c", "a b", "-1", "4294967295", "0:4294967295", "9" * 11, "\u0661", "é", "a/b", "."]
+)
+def test_load_user_that_is_none(tmp_path: Path, user: str) -> None:
+    """The number 4294967295 means to the kernel: as it is, which is root."""
+    assert f"`nvidia-container-cli.user` = `{user}` is no user" in _error(
+        tmp_path, f"nvidia-container-cli.user = '{user}'"
+    )
+
+
 # ldconfig
 
 
@@ -293,11 +309,6 @@ def test_load_ldconfig_normalised(tmp_path: Path, files: list[str], value: str, 
             "nvidia-container-cli.no-pivot = true",
             "`nvidia-container-cli.no-pivot` is not honoured by nvhook",
             id="no-pivot",
-        ),
-        pytest.param(
-            "nvidia-container-cli.user = 'root:video'",
-            "`nvidia-container-cli.user` is not honoured by nvhook",
-            id="user",
         ),
         pytest.param("nvidia-container-cli.path = '/usr/bin/nvidia-container-cli'", "", id="path-usual"),
         pytest.param(

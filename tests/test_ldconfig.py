@@ -262,13 +262,25 @@ def test_program_that_does_not_end(rootfs: Path, tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(ldconfig, "_SECONDS", 1)
     source = tmp_path / "forever.c"
     source.write_text(
-        '#include <unistd.h>\nint main(void) { fork(); for (;;) { write(1, "x\\n", 2); usleep(1000); } }\n'
+        "#include <sys/prctl.h>\n#include <unistd.h>\n"
+        "int main(void) { prctl(PR_SET_PDEATHSIG, 0); fork(); setsid();\n"
+        'for (;;) { write(1, "x\\n", 2); usleep(1000); } }\n'
     )
     subprocess.run(["cc", "-static", "-o", str(tmp_path / "forever"), str(source)], check=True, capture_output=True)
     assert run(rootfs, str(tmp_path / "forever")) == "not finished after 1 s"
+    end = time.monotonic() + 2  # the kernel takes a moment to end a namespace
+    while _running(b"ldconfig\0-X"):
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+def _running(beginning: bytes) -> list[Path]:
+    found = []
     for process in Path("/proc").glob("[0-9]*/cmdline"):
         with contextlib.suppress(OSError):  # it has ended since
-            assert not process.read_bytes().startswith(b"ldconfig\0-X")
+            if process.read_bytes().startswith(beginning):
+                found.append(process)
+    return found
 
 
 def test_program_that_is_none(rootfs: Path, tmp_path: Path) -> None:

@@ -26,6 +26,7 @@ _KEYS: dict[str, object] = {
     "nvidia-container-cli.ldcache": "",
     "nvidia-container-cli.ldconfig": "@/sbin/ldconfig",
     "nvidia-container-cli.no-cgroups": False,
+    "nvidia-container-cli.user": "",
     "nvidia-container-runtime.debug": "/dev/null",
     "nvidia-container-runtime.log-level": "info",
     "nvidia-container-runtime.runtimes": ["runc", "crun"],
@@ -46,7 +47,6 @@ _WITHOUT_EFFECT: dict[str, tuple[object, ...]] = {
     "nvidia-container-cli.debug": ("", "/dev/null"),
     "nvidia-container-cli.load-kmods": (False, True),
     "nvidia-container-cli.no-pivot": (False,),
-    "nvidia-container-cli.user": ("",),
     "nvidia-container-runtime.modes.csv.mount-spec-path": ("/etc/nvidia-container-runtime/host-files-for-container.d",),
     "nvidia-container-runtime.modes.csv.compat-container-root": ("",),
     "nvidia-container-runtime.modes.cdi.default-kind": ("nvidia.com/gpu",),
@@ -99,6 +99,7 @@ class Config:
         "state_dir",
         "supported_capabilities",
         "swarm_resources",
+        "user",
         "warnings",
     )
 
@@ -114,6 +115,7 @@ class Config:
         self.ldcache = str(values["nvidia-container-cli.ldcache"]) or "/etc/ld.so.cache"
         self.ldconfig = _ldconfig(str(values["nvidia-container-cli.ldconfig"]), path)
         self.no_cgroups = bool(values["nvidia-container-cli.no-cgroups"])
+        self.user = _user(str(values["nvidia-container-cli.user"]), path)
         self.log_file = str(values["nvidia-container-runtime.debug"])
         self.log_level = str(values["nvidia-container-runtime.log-level"])
         self.runtimes = _names(values["nvidia-container-runtime.runtimes"])
@@ -278,6 +280,23 @@ def _capabilities(value: object, path: str) -> tuple[str, ...]:
             f"known are {', '.join(CAPABILITIES)}",
         )
     return tuple(sorted(set(names)))
+
+
+def _user(value: str, path: str) -> str:
+    """uid[:gid], each a number or a name, or empty. That the names exist is known where they are needed."""
+    if value and not (value.count(":") < 2 and all(_is_account(part) for part in value.split(":"))):
+        raise ConfigError(
+            f"`{path}`: `nvidia-container-cli.user` = `{value}` is no user and no user:group",
+            "write numbers or names, for example 65534:65534",
+        )
+    return value
+
+
+def _is_account(name: str) -> bool:
+    if name.isdecimal() and name.isascii():
+        return len(name) < 11 and int(name) < (1 << 32) - 1  # the last number means `as it is`: root
+    first, others = name[:1], name[1:].translate(dict.fromkeys(map(ord, "_.-")))
+    return name.isascii() and (first.isalnum() or first == "_") and (others.isalnum() or not others)
 
 
 def _ldconfig(value: str, path: str) -> str:

@@ -1,16 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The driver's files, found once and kept.
+"""What is dear to find out about the host, found once and kept below the state directory.
 
-Finding them is dear (discovery.py: every ELF file is opened) and the same for every container, so what was found is
-kept as `inventory.json` below the state directory. It is good exactly as long as what it was made from is the same:
-driver version, boot, linker cache, configuration. Whoever can write there decides what is mounted into containers, so a
-file that others than root and ourselves can have written is not believed.
+    inventory.json   the driver's files (discovery.py opens every ELF file)
+    nvml.json        what NVML tells (nvml.py), if a container ever needed it
+
+Each is good exactly as long as what it was made from is the same: driver version, boot, linker cache, configuration;
+for NVML the GPUs and the layout of their MIG devices too. Whoever can write there decides what is mounted into
+containers, so a file that others than root and ourselves can have written is not believed.
 """
 
 from __future__ import annotations
 
 import os
 import stat
+import time
 
 from . import quickjson
 from .config import Config
@@ -18,17 +21,22 @@ from .driver import Binary, Driver, File, Library
 from .errors import DriverError, reason
 
 _NAME = "inventory.json"
+_NVML_NAME = "nvml.json"
 _FORMAT = 2
 _MAX_SIZE = 4 << 20
+_NVML_LIBRARY = "libnvidia-ml.so.1"
+_A_WHILE = 60  # seconds
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from typing import Any  # noqa: TID251 - never at run time
+    from collections.abc import Callable
+    from typing import Any, TypeVar  # noqa: TID251 - never at run time
 
     from .gpus import Gpus
     from .nvml import Report
 
     Json = dict[str, Any]
+    Kept = TypeVar("Kept")
 
 
 def load(config: Config, version: str, warnings: list[str], *, again: bool = False, keep: bool = True) -> Driver:
@@ -42,19 +50,82 @@ def load(config: Config, version: str, warnings: list[str], *, again: bool = Fal
     path = os.path.join(config.state_dir, _NAME)
     origin = _origin(config, version)
     if not again:
-        driver = _read(path, origin)
+        driver = _read(path, origin, _driver)
         if driver is not None:
             return driver
     from . import discovery  # pyelftools and what it brings, once per driver
 
     driver = discovery.discover(config.driver_root, config.ldcache, version, warnings)
-    if not keep:
-        return driver
-    try:
-        _write(path, origin, driver)
-    except OSError as error:
-        warnings.append(f"write `{path}`: {reason(error)}; the next container makes the inventory again")
+    if keep:
+        _keep(path, {"origin": origin, **_describe(driver)}, warnings, "the next container makes the inventory again")
     return driver
+
+
+def report(
+    config: Config,
+    gpus: Gpus,
+    driver: Driver | None,
+    warnings: list[str],
+    *,
+    again: bool = False,
+    keep: bool = True,
+) -> Report:
+    """What NVML tells of this host's GPUs, kept as the inventory is; `driver` is loaded where NVML must be asked and
+    the caller has none.
+
+    DriverError when NVML does not answer. That is kept too, but for a minute, so that a library that hangs costs its
+    time once and not in every process of every start; the same goes for an answer that lacks a GPU.
+    """
+    from . import nvml
+
+    path = os.path.join(config.state_dir, _NVML_NAME)
+    origin = _nvml_origin(config, gpus)
+    kept = None if again else _read(path, origin, lambda document: _answer(document, gpus))
+    if kept is None:
+        driver = driver or load(config, gpus.driver_version, warnings, keep=keep)
+        try:
+            kept = nvml.ask(config, _nvml_library(driver))
+        except DriverError as error:
+            kept = error
+        if keep:
+            _keep(path, {"origin": origin, **_describe_answer(kept)}, warnings, "the next container asks NVML again")
+    if isinstance(kept, DriverError):
+        raise kept
+    return kept
+
+
+def _nvml_library(driver: Driver) -> str:
+    for item in driver.libraries:
+        if item.soname == _NVML_LIBRARY and item.bits == 64:
+            return item.path
+    raise DriverError(
+        f"driver {driver.version} on this host has no {_NVML_LIBRARY}", "install the driver package that holds it"
+    )
+
+
+def _answer(document: Json, gpus: Gpus) -> Report | DriverError:
+    """What was kept; ValueError for what is not believed any more."""
+    from . import nvml
+
+    is_fresh = 0 <= time.time() - document["time"] < _A_WHILE
+    if "failure" in document:
+        if not is_fresh:
+            raise ValueError("it may answer by now")
+        return DriverError(str(document["failure"]), str(document["hint"]))
+    found = nvml.parse(document["report"])
+    uuids = {device.pci: device.uuid for device in found.devices}
+    for gpu in gpus.gpus:
+        if gpu.pci not in uuids and not is_fresh:
+            raise ValueError("it may be there by now")
+        if "?" not in gpu.uuid and uuids.get(gpu.pci, gpu.uuid) != gpu.uuid:
+            raise ValueError("another GPU is in that place")
+    return found
+
+
+def _describe_answer(kept: Report | DriverError) -> Json:
+    if isinstance(kept, DriverError):
+        return {"time": time.time(), "failure": kept.message, "hint": kept.hint}
+    return {"time": time.time(), "report": kept.describe()}
 
 
 def _origin(config: Config, version: str) -> Json:
@@ -67,6 +138,28 @@ def _origin(config: Config, version: str) -> Json:
         "linker cache": _identity(os.path.join(config.driver_root, config.ldcache.lstrip("/"))),
         "configuration": _identity(config.path) if config.path else None,
     }
+
+
+def _nvml_origin(config: Config, gpus: Gpus) -> Json:
+    """UUIDs are not among it: the first question makes the driver know those that it did not."""
+    return {
+        **_origin(config, gpus.driver_version),
+        "gpus": [[gpu.pci, gpu.minor] for gpu in gpus.gpus],
+        "mig": _mig_layout(os.path.join(config.proc_root, "proc/driver/nvidia/capabilities")),
+    }
+
+
+def _mig_layout(directory: str, depth: int = 0) -> list[object]:
+    """Names and inode numbers of gpu*/mig/gi*/ci*, which are made anew with every MIG device."""
+    levels = ("gpu", "mig", "gi", "ci")
+    if depth == len(levels):
+        return []
+    try:
+        with os.scandir(directory) as entries:
+            found = sorted((item.name, item.inode()) for item in entries if item.name.startswith(levels[depth]))
+    except OSError:  # a driver or a GPU without MIG
+        return []
+    return [[name, inode, _mig_layout(os.path.join(directory, name), depth + 1)] for name, inode in found]
 
 
 def _boot_id(proc_root: str) -> str:
@@ -85,8 +178,8 @@ def _identity(path: str) -> list[object] | None:
     return [path, status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns]
 
 
-def _read(path: str, origin: Json) -> Driver | None:
-    """None for an inventory that is missing, not ours, of another origin, or damaged."""
+def _read(path: str, origin: Json, reader: Callable[[Json], Kept]) -> Kept | None:
+    """None for a file that is missing, not ours, of another origin, or damaged."""
     try:
         fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError:
@@ -96,10 +189,10 @@ def _read(path: str, origin: Json) -> Driver | None:
         if not _is_ours(status) or status.st_size > _MAX_SIZE:
             return None
         with open(fd, "rb", closefd=False) as file:
-            inventory = quickjson.loads(file.read())
-        if inventory["origin"] != origin:
+            document = quickjson.loads(file.read())
+        if document["origin"] != origin:
             return None
-        return _driver(inventory)
+        return reader(document)
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
     finally:
@@ -124,9 +217,8 @@ def _driver(inventory: Json) -> Driver:
     )
 
 
-def _write(path: str, origin: Json, driver: Driver) -> None:
-    inventory = {
-        "origin": origin,
+def _describe(driver: Driver) -> Json:
+    return {
         "libraries": [
             {
                 "path": item.path,
@@ -143,27 +235,26 @@ def _write(path: str, origin: Json, driver: Driver) -> None:
             for item in driver.files
         ],
     }
+
+
+def _keep(path: str, document: Json, warnings: list[str], otherwise: str) -> None:
+    try:
+        _write(path, document)
+    except OSError as error:
+        warnings.append(f"write `{path}`: {reason(error)}; {otherwise}")
+
+
+def _write(path: str, document: Json) -> None:
     os.makedirs(os.path.dirname(path), mode=0o755, exist_ok=True)
-    # Several containers may start at once with no inventory yet: each writes its own file, the last one stays.
+    # Several containers may start at once with nothing kept yet: each writes its own file, the last one stays.
     beside = f"{path}.{os.getpid()}"
     if os.path.lexists(beside):
         os.unlink(beside)  # of a process that was killed, and whose number is now ours
     fd = os.open(beside, os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_WRONLY | os.O_CLOEXEC, 0o644)
     try:
         with open(fd, "wb") as file:
-            file.write(quickjson.dumps(inventory))
+            file.write(quickjson.dumps(document))
         os.rename(beside, path)
     except OSError:
         os.unlink(beside)
         raise
-
-
-def report(
-    config: Config, gpus: Gpus, driver: Driver, warnings: list[str], *, again: bool = False, keep: bool = True
-) -> Report:
-    """What NVML knows of the host's GPUs; DriverError where it cannot be asked."""
-    del config, gpus, warnings, again, keep
-    raise DriverError(
-        f"NVML of driver {driver.version} is not asked by this version of nvhook",
-        "name a MIG device by its GPU and its instances: MIG-GPU-<uuid>/<GPU instance>/<compute instance>",
-    )

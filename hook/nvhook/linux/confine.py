@@ -102,19 +102,22 @@ def run(
 
 def _watch(first: int, output: int, bounds: Bounds) -> Ended:
     """The first process and the keeper hold the pipe open too, so it is at its end when they are."""
-    text, printed = b"", 0
+    text, printed = bytearray(), 0
     end = time.monotonic() + bounds.seconds
     while select.select([output], [], [], max(0.0, end - time.monotonic()))[0]:
         chunk = os.read(output, _CHUNK)
         if not chunk:
-            return Ended(os.waitstatus_to_exitcode(os.waitpid(first, 0)[1]) & 0xFF, text, printed)
-        text = (text + chunk)[-bounds.output :]
+            status = os.waitstatus_to_exitcode(os.waitpid(first, 0)[1]) & 0xFF
+            return Ended(status, bytes(text[-bounds.output :]), printed)
+        text += chunk
         printed += len(chunk)
+        if len(text) > 2 * bounds.output:
+            del text[: -bounds.output]
         if time.monotonic() > end:
             break
     os.kill(first, 9)
     os.waitpid(first, 0)
-    return Ended(None, text, printed)
+    return Ended(None, bytes(text[-bounds.output :]), printed)
 
 
 def _begin(
@@ -148,7 +151,7 @@ def _begin(
         _only_standard_streams(program, output)
         output = 2
         step = "give up privileges"
-        os.environ.clear()
+        kernel.clearenv()
         _limit(bounds)
         _drop(owner, or_nobody)
         step = act[0]

@@ -36,6 +36,7 @@ _NR_MOUNT_SETATTR = 442
 
 AT_FDCWD = -100
 AT_EMPTY_PATH = 0x1000
+AT_RECURSIVE = 0x8000
 
 # openat2(2)
 RESOLVE_NO_MAGICLINKS = 0x02
@@ -105,7 +106,8 @@ class _Function(_ctypes.CFuncPtr):
     _restype_ = _Long
 
 
-_libc_syscall = _Function(_ctypes.dlsym(_ctypes.dlopen(None, 0), "syscall"))  # type: ignore[arg-type]
+_LIBC = _ctypes.dlopen(None, 0)  # type: ignore[arg-type]
+_libc_syscall = _Function(_ctypes.dlsym(_LIBC, "syscall"))
 
 
 def _syscall(number: int, *args: int | bytes | _ctypes.Array[_Char] | None, path: str | None = None) -> int:
@@ -134,10 +136,12 @@ def move_mount(from_fd: int, to_fd: int) -> None:
     _syscall(_NR_MOVE_MOUNT, from_fd, b"", to_fd, b"", flags)
 
 
-def mount_setattr(mount_fd: int, *, attr_set: int, propagation: int) -> None:
-    """Set MOUNT_ATTR_* flags and the propagation (MS_PRIVATE) of the mount that `mount_fd` is. Linux 5.12."""
+def mount_setattr(mount_fd: int, *, attr_set: int, propagation: int, recursive: bool = False) -> None:
+    """Set MOUNT_ATTR_* flags and the propagation (MS_PRIVATE) of the mount that `mount_fd` is, with `recursive` of
+    those below it too. Linux 5.12."""
     attr = struct.pack("=QQQQ", attr_set, 0, propagation, 0)
-    _syscall(_NR_MOUNT_SETATTR, mount_fd, b"", AT_EMPTY_PATH, attr, len(attr))
+    flags = AT_EMPTY_PATH | (AT_RECURSIVE if recursive else 0)
+    _syscall(_NR_MOUNT_SETATTR, mount_fd, b"", flags, attr, len(attr))
 
 
 def fsopen(fstype: str) -> int:
@@ -185,6 +189,14 @@ def setfsuid(uid: int) -> int:
 def setfsgid(gid: int) -> int:
     """The previous file system gid. The call reports no failure: ask again to see whether it took."""
     return _syscall(_NR_SETFSGID, gid)
+
+
+def clearenv() -> None:
+    """Empty the C library's environment, in which there can be more than in os.environ."""
+    _Function(_ctypes.dlsym(_LIBC, "clearenv"))()
+    # That leaves no list at all, and not every program expects it.
+    _Function(_ctypes.dlsym(_LIBC, "setenv"))(b"_", b"", _Long(1))
+    _Function(_ctypes.dlsym(_LIBC, "unsetenv"))(b"_")
 
 
 def prctl(option: int, arg: int = 0) -> None:
