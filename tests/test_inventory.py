@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -13,12 +14,15 @@ from typing import Any
 
 import pytest
 
+from conftest import HOSTS
 from nvhook import config as configuration
-from nvhook import inventory
+from nvhook import gpus, inventory
 from nvhook.config import Config
 from nvhook.driver import Driver
 from nvhook.errors import DriverError
+from nvhook.nvml import Report
 from simhost import cachewriter, elfwriter
+from simhost.build import build
 from simhost.compiler import native_machine
 
 V = "580.1.2"
@@ -588,3 +592,213 @@ def test_inventory_made_by_several_at_once(place: Place) -> None:
     assert [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children] == [0] * 8
     assert os.listdir(place.state) == ["inventory.json"]
     assert _is_cached(place)
+
+
+# What NVML tells
+
+
+class Host:
+    """A simulated host of its own, whose NVML can be made to fail."""
+
+    def __init__(self, directory: Path) -> None:
+        build(json.loads((HOSTS / "a100x2-debian12.json").read_text()), directory)
+        self.directory = directory
+        self.kept = directory / "run/nvml.json"
+        self.library = directory / "driver" / LIB / "libnvidia-ml.so.550.163.01"
+        self.capabilities = directory / "proc/driver/nvidia/capabilities"
+
+    def report(self, **options: bool) -> Report:
+        settings = configuration.load(str(self.directory / "config.toml"))
+        warnings: list[str] = []
+        found = inventory.report(settings, gpus.read(settings.proc_root), None, warnings, **options)
+        assert warnings == []
+        return found
+
+    def uuids(self, **options: bool) -> list[str]:
+        return [device.uuid for device in self.report(**options).devices]
+
+    def fail(self, *, fails: bool = True) -> None:
+        """Nobody may read the library, or everybody again."""
+        self.library.chmod(0 if fails else 0o644)
+
+    def is_asked(self, **options: bool) -> bool:
+        """Whether the next report is made by asking; it is given back as it was."""
+        self.fail()
+        before = self.kept.read_bytes()
+        try:
+            self.report(**options)
+        except DriverError:
+            self.kept.write_bytes(before)
+            return True
+        finally:
+            self.fail(fails=False)
+        return False
+
+    def age(self, seconds: float) -> None:
+        document = json.loads(self.kept.read_text())
+        document["time"] -= seconds
+        self.kept.write_text(json.dumps(document))
+
+
+@pytest.fixture
+def host(tmp_path: Path) -> Host:
+    return Host(tmp_path)
+
+
+UUIDS = ["GPU-c41d7b52-93e6-4f0a-8d15-2b7e60a9f3c8", "GPU-08e5f9a3-1c6b-42d7-b0f4-e95d3187ac26"]
+
+
+@pytest.mark.root
+def test_report_is_asked_for_once(host: Host) -> None:
+    first = host.report().describe()
+    assert [device["uuid"] for device in json.loads(json.dumps(first))["devices"]] == UUIDS
+    host.fail()
+    assert host.report().describe() == first
+    assert host.report(keep=False).describe() == first
+    host.age(1 << 20)
+    assert host.report().describe() == first
+    with pytest.raises(DriverError, match="Permission denied"):
+        host.report(again=True)
+
+
+@pytest.mark.root
+def test_report_not_kept(host: Host) -> None:
+    assert host.uuids(keep=False) == UUIDS
+    assert not host.kept.parent.exists()
+
+
+def _new_mig_device(host: Host) -> None:
+    (host.capabilities / "gpu0/mig/gi1/ci0").mkdir(parents=True)
+
+
+def _new_gpu(host: Host) -> None:
+    information = host.directory / "proc/driver/nvidia/gpus"
+    (information / "0000:0b:00.0").mkdir()
+    text = (information / "0000:0a:00.0/information").read_text()
+    (information / "0000:0b:00.0/information").write_text(text.replace("Device Minor: \t 0", "Device Minor: \t 2"))
+
+
+def _another_gpu_in_that_place(host: Host) -> None:
+    path = host.directory / "proc/driver/nvidia/gpus/0000:0a:00.0/information"
+    path.write_text(path.read_text().replace(UUIDS[1], UUIDS[1].replace("08e5", "08e6")))
+
+
+def _reboot(host: Host) -> None:
+    (host.directory / "proc/sys/kernel/random/boot_id").write_text("another\n")
+
+
+def _configure(host: Host) -> None:
+    path = host.directory / "config.toml"
+    path.write_text(path.read_text() + "# another\n")
+
+
+@pytest.mark.root
+@pytest.mark.parametrize("change", [_new_mig_device, _new_gpu, _another_gpu_in_that_place, _reboot, _configure])
+def test_report_of_another_origin(host: Host, change: Callable[[Host], None]) -> None:
+    host.report()
+    assert not host.is_asked()
+    change(host)
+    assert host.is_asked()
+
+
+@pytest.mark.root
+def test_report_of_mig_devices_made_anew(host: Host) -> None:
+    """By their inode numbers: the names are the same. What lies beside them is not looked at."""
+    _new_mig_device(host)
+    host.report()
+    (host.capabilities / "gpu0/mig/gi1/ci0/access").touch()
+    (host.capabilities / "gpu0/mig/config").mkdir()
+    assert not host.is_asked()
+    old = host.capabilities / "gpu0/mig/gi1"
+    old.rename(host.directory / "old")  # so that its inode number is not given out again
+    _new_mig_device(host)
+    assert host.is_asked()
+
+
+@pytest.mark.root
+def test_report_of_a_driver_without_capabilities(host: Host) -> None:
+    shutil.rmtree(host.capabilities)
+    assert host.uuids() == UUIDS
+    assert not host.is_asked()
+
+
+@pytest.mark.root
+def test_report_failure_is_believed_for_a_minute(host: Host) -> None:
+    """The wrapper and the hook of one start, and those of the next, wait once for a library that hangs."""
+    host.fail()
+    with pytest.raises(DriverError) as first:
+        host.report()
+    host.fail(fails=False)
+    with pytest.raises(DriverError) as second:
+        host.report()
+    assert str(first.value) == str(second.value)
+    assert host.uuids(again=True) == UUIDS
+    host.fail()
+    with pytest.raises(DriverError):
+        host.report(again=True)
+    host.fail(fails=False)
+    host.age(61)
+    assert host.uuids() == UUIDS
+
+
+@pytest.mark.root
+def test_report_failure_of_the_future_is_not_believed(host: Host) -> None:
+    host.fail()
+    with pytest.raises(DriverError):
+        host.report()
+    host.fail(fails=False)
+    host.age(-3600)
+    assert host.uuids() == UUIDS
+
+
+@pytest.mark.root
+def test_report_that_lacks_a_gpu_is_believed_for_a_minute(host: Host) -> None:
+    """One that has fallen off the bus, and may be back."""
+    node = host.directory / "dev/nvidia1"
+    node.rename(host.directory / "away")
+    assert UUIDS[1:] == host.uuids()
+    (host.directory / "away").rename(node)
+    assert UUIDS[1:] == host.uuids()
+    host.age(61)
+    assert host.uuids() == UUIDS
+    assert not host.is_asked()
+
+
+@pytest.mark.root
+@pytest.mark.parametrize(
+    "change",
+    [
+        pytest.param(lambda document: document.pop("report"), id="nothing"),
+        pytest.param(lambda document: document.pop("time"), id="no-time"),
+        pytest.param(lambda document: document.update(time="now"), id="time-text"),
+        pytest.param(lambda document: document.update(report=[]), id="list"),
+        pytest.param(lambda document: document["report"].update(cuda=13), id="cuda-number"),
+        pytest.param(lambda document: document["report"].update(devices=[None]), id="device-null"),
+        pytest.param(lambda document: document["report"]["devices"][0].update(uuid="GPU-\x1b"), id="uuid-escape"),
+    ],
+)
+def test_report_of_wrong_types(host: Host, change: Callable[[Any], object]) -> None:
+    host.report()
+    document = json.loads(host.kept.read_text())
+    change(document)
+    host.kept.write_text(json.dumps(document))
+    assert host.is_asked()
+
+
+@pytest.mark.root
+@pytest.mark.parametrize("mode", [0o664, 0o646])
+def test_report_that_others_may_write(host: Host, mode: int) -> None:
+    host.report()
+    host.kept.chmod(mode)
+    assert host.is_asked()
+
+
+@pytest.mark.root
+def test_report_no_library(host: Host) -> None:
+    host.library.unlink()
+    with pytest.raises(DriverError) as raised:
+        host.report()
+    assert str(raised.value) == (
+        "driver error: driver 550.163.01 on this host has no libnvidia-ml.so.1; "
+        "install the driver package that holds it"
+    )

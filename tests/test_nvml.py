@@ -7,12 +7,15 @@ import contextlib
 import copy
 import json
 import os
+import shutil
 import subprocess
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pynvml
 import pytest
 
 from conftest import HOSTS
@@ -99,6 +102,70 @@ def test_ask_leaves_out_a_gpu_that_is_lost(tmp_path: Path) -> None:
     build(A100, tmp_path)
     (tmp_path / "dev/nvidia1").unlink()
     assert [A100_UUIDS[1]] == [item.uuid for item in nvml.ask(_config(tmp_path), _library(tmp_path)).devices]
+
+
+@pytest.mark.root
+def test_ask_changes_no_mount_of_the_host(simhost: Callable[[str], Path]) -> None:
+    """Where mounts are shared, as systemd makes them, so that a new one would be seen by everybody."""
+    host = simhost("a100x2")
+    library = _library(host)
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:
+        said = b"the child failed"
+        try:
+            kernel.unshare(kernel.CLONE_NEWNS)
+            kernel.mount("none", "/", None, kernel.MS_REC | 1 << 20)  # MS_SHARED
+            before = Path("/proc/self/mountinfo").read_bytes()
+            nvml.ask(_config(host), library)
+            with contextlib.suppress(DriverError):  # this machine has no such GPUs, but it has the mounts
+                nvml.ask(configuration.load("/nonexistent"), library)
+            same = Path("/proc/self/mountinfo").read_bytes() == before and b" shared:" in before
+            said = b"same" if same else b"changed"
+        finally:
+            os.write(writing, said)
+            os._exit(0)
+    os.close(writing)
+    with os.fdopen(reading) as pipe:
+        assert pipe.read() == "same"
+    os.waitpid(child, 0)
+
+
+_ASK = """
+import json, sys
+from nvhook import config, errors, nvml
+try:
+    print(json.dumps(nvml.ask(config.load(sys.argv[1]), sys.argv[2]).describe()))
+except errors.NvhookError as error:
+    print(error)
+"""
+
+USERS = {
+    "root-of-a-user-namespace": ("unshare", "-Ur"),
+    "ordinary-user": ("setpriv", "--reuid", "1234", "--regid", "1234", "--clear-groups"),
+    "root-of-an-ordinary-user": (
+        *("setpriv", "--reuid", "1234", "--regid", "1234", "--clear-groups"),
+        *("unshare", "-Ur"),
+    ),
+}
+
+
+@pytest.mark.root
+@pytest.mark.parametrize("through", USERS.values(), ids=USERS)
+def test_ask_as_another_user(through: tuple[str, ...]) -> None:
+    """Rootless engines, and people who look at a plan. They have no more ids than their own."""
+    if subprocess.run([*through, "unshare", "-Urm", "true"], capture_output=True, check=False).returncode:
+        pytest.skip("this machine's users may have no user namespaces")
+    with tempfile.TemporaryDirectory() as made:
+        place = Path(made)
+        place.chmod(0o755)
+        build(A100, place / "host")
+        shutil.copytree(Path(nvml.__file__).parent, place / "modules/nvhook")
+        shutil.copy(str(pynvml.__file__), place / "modules")
+        words = ["/usr/bin/python3", "-c", _ASK, str(place / "host/config.toml"), _library(place / "host")]
+        environment = {"PYTHONPATH": str(place / "modules"), "PYTHONDONTWRITEBYTECODE": "1"}
+        done = subprocess.run([*through, *words], env=environment, cwd="/", capture_output=True, text=True, check=True)
+        assert [item["uuid"] for item in json.loads(done.stdout)["devices"]] == A100_UUIDS
 
 
 @pytest.mark.root
