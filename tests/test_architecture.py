@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import pynvml
 import pytest
 
 from nvhook import config, inventory
@@ -192,7 +193,7 @@ def test_road_of_the_wrapper_with_a_request(proc: Path) -> None:
     settings.write_text(f"[nvhook]\nproc-root = '{proc}'\n")
     loaded = _loaded(_WRAPPER_ROAD, str(settings), _bundle(proc, "NVIDIA_VISIBLE_DEVICES=all"))
     assert {"nvhook.gpus", "nvhook.plan"} <= loaded
-    assert not loaded & {*HEAVY, "nvhook.driver"}
+    assert not loaded & {*HEAVY, "nvhook.driver", "nvhook.nvml", "nvhook.inventory"}
 
 
 _HOOK_ROAD = """
@@ -229,5 +230,23 @@ def test_road_of_the_hook_with_an_inventory(simhost: Callable[[str], Path], tmp_
     loaded = _loaded(_HOOK_ROAD, str(settings), _bundle(tmp_path, "NVIDIA_VISIBLE_DEVICES=all"))
     assert {"nvhook.driver", "nvhook.plan", "nvhook.linux.kernel"} <= loaded
     assert not loaded & HEAVY
-    assert "nvhook.discovery" not in loaded
-    assert "nvhook.linux.elf" not in loaded
+    assert not loaded & {"nvhook.discovery", "nvhook.linux.elf", "nvhook.nvml"}
+
+
+@pytest.mark.root
+def test_road_of_the_hook_that_asks_nvml(simhost: Callable[[str], Path], tmp_path: Path) -> None:
+    """pynvml and the library are loaded in another process, on the first road and not at all on the second."""
+    host = simhost("h200")
+    settings = tmp_path / "config.toml"
+    text = (host / "config.toml").read_text()
+    settings.write_text(text.replace(f"{host}/run", f"{tmp_path}/run"))
+    bundle = _bundle(tmp_path, "NVIDIA_VISIBLE_DEVICES=all", "NVIDIA_REQUIRE_X=brand=nvidia")
+    inventory.load(config.load(str(settings)), "580.159.04", [])
+    packages = f"sys.path.append({str(Path(str(pynvml.__file__)).parent)!r})\n"
+    road = packages + _HOOK_ROAD.replace("names()", "print(open('/proc/self/maps').read()); names()")
+    for _ in range(2):
+        loaded = _loaded(road, str(settings), bundle)
+        assert {"nvhook.nvml", "nvhook.linux.confine"} <= loaded
+        assert not loaded & {"elftools", "pynvml", "jsonschema", "argparse", "subprocess", "logging", "pathlib"}
+        assert not [name for name in loaded if "libnvidia-ml" in name]
+        assert (tmp_path / "run/nvml.json").exists()

@@ -22,7 +22,6 @@ GPU3 = "GPU-b8ea0b71-ce42-5a07-96ba-14bf6ece0cfc"  # /dev/nvidia1; GPU instance 
 UUIDS = [
     [mig["uuid"] for mig in gpu["mig"] if "uuid" in mig] for gpu in json.loads(DESCRIPTION.read_text())["gpus"][:4]
 ]
-of_nvml = pytest.mark.xfail(strict=True, reason="inventory.report() does not ask NVML yet")
 
 # A container's /proc shows what the driver puts there; on a machine without the driver that is mounted.
 SHOW_PROC = """\
@@ -79,10 +78,8 @@ def privileged(bundle: Bundle) -> Bundle:
         pytest.param(f"5,MIG-{GPU3}/2/0", (3, 5), [UUIDS[3][2]], id="beside-a-whole-gpu"),
         pytest.param("3", (3,), [], id="gpu-without-its-instances"),
         pytest.param("all", (0, 1, 2, 3, 4, 5, 6, 7), [uuid for gpu in UUIDS for uuid in gpu], id="all"),
-        pytest.param("0:2,2:0", (0, 2), [UUIDS[0][2], UUIDS[2][0]], id="indices", marks=of_nvml),
-        pytest.param(
-            f"{UUIDS[1][3]},{UUIDS[0][0][:12]}", (0, 1), [UUIDS[0][0], UUIDS[1][3]], id="uuids", marks=of_nvml
-        ),
+        pytest.param("0:2,2:0", (0, 2), [UUIDS[0][2], UUIDS[2][0]], id="indices"),
+        pytest.param(f"{UUIDS[1][3]},{UUIDS[0][0][:12]}", (0, 1), [UUIDS[0][0], UUIDS[1][3]], id="uuids"),
     ],
 )
 def test_listed_mig_devices_are_those_asked_for(

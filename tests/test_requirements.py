@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nvhook.errors import RequirementError
-from nvhook.requirements import Facts, check, facts_of
+from nvhook.requirements import Facts, are_sure, check, facts_of
 
 HOST = Facts(cuda="12.2", driver="535.54.03", arch="9.0", brand="tesla")
 
@@ -146,7 +146,55 @@ def test_check_every_expression_must_hold() -> None:
         check(["cuda>=12", "arch>=10", "brnd=x"], HOST)
 
 
+SURE = {
+    "nothing": ([], True),
+    "empty": (["", " , "], True),
+    "holds": (["cuda>=12.2"], True),
+    "fails": (["cuda>=12.3"], False),
+    "both-hold": (["cuda>=12.2", "driver>=535"], True),
+    "one-fails": (["cuda>=12.2", "driver>=536"], False),
+    "unknown": (["brand=tesla"], False),
+    "unknown-and-holds": (["arch>=7,cuda>=12.2"], False),
+    "unknown-or-holds": (["brand=tesla,driver>=1 cuda>=12.2"], True),
+    "holds-or-malformed": (["cuda>=12.2 brnd=x"], True),
+    "malformed": (["brnd=x"], False),
+    "malformed-or-holds": (["brnd=x cuda>=12.2"], False),
+    "unknown-or-malformed": (["brand=x brnd=x"], False),
+    "cuda-image": ([CUDA_IMAGE.replace("12.6", "12.2")], True),
+    "cuda-image-too-new": ([CUDA_IMAGE], False),
+}
+
+
+@pytest.mark.parametrize(("expressions", "expected"), SURE.values(), ids=SURE)
+def test_are_sure(expressions: list[str], expected: bool) -> None:
+    """By the driver's version alone: nothing of brand and architecture is known."""
+    assert are_sure(expressions, facts_of("535.54.03")) is expected
+
+
+@given(st.lists(st.sampled_from(["cuda", "driver", "arch", "x", "<", ">=", "=", " ", ",", "12", "535"])).map("".join))
+def test_are_sure_holds_whatever_else_is_known(expression: str) -> None:
+    if are_sure([expression], facts_of("535.54.03")):
+        check([expression], HOST)
+
+
+def test_are_sure_of_a_driver_that_the_table_does_not_know() -> None:
+    assert not are_sure(["cuda>=12.2"], facts_of("999.1"))
+    assert are_sure(["driver>=535"], facts_of("999.1"))
+
+
 TEXTS = {
+    "brand-of-a-gpu": (
+        "brand=geforce",
+        Facts(brand="tesla", driver="535.54.03", gpu="1 (GPU-aa, 0000:07:00.0)"),
+        "requirement error: image needs `brand=geforce`, GPU 1 (GPU-aa, 0000:07:00.0) has brand tesla; "
+        "set NVIDIA_DISABLE_REQUIRE=1 to start it anyway",
+    ),
+    "cuda-is-of-the-host": (
+        "cuda>=12.6",
+        Facts(cuda="12.2", arch="9.0", gpu="1 (GPU-aa, 0000:07:00.0)"),
+        "requirement error: image needs `cuda>=12.6`, this host has cuda 12.2; "
+        "install driver 560.28.03 or newer, or set NVIDIA_DISABLE_REQUIRE=1 to start it anyway",
+    ),
     "cuda-with-driver": (
         "cuda>=12.6",
         HOST,

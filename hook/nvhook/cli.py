@@ -18,11 +18,10 @@ from . import (
     features,
     gpus,
     inventory,
-    mig,
     plan,
     procfs,
     request,
-    requirements,
+    selection,
     sockets,
     spec,
 )
@@ -111,8 +110,7 @@ def _plan(options: argparse.Namespace, config: Config, warnings: list[str]) -> N
         _print(document, [], as_json=options.json)
         return
     host = gpus.read(config.proc_root)
-    chosen = gpus.select(asked.devices, host, mig.reporter(config, host, warnings, keep=False))
-    requirements.check(asked.requirements, requirements.facts_of(host.driver_version))
+    chosen = selection.choose(config, asked, host, warnings, keep=False)
     found = inventory.load(config, host.driver_version, warnings, keep=False)
     root = _root(described.rootfs)
     edits = plan.make(

@@ -69,13 +69,12 @@ def _numbered(directory: str, start: str) -> list[tuple[int, str]]:
 
 
 def reporter(config: Config, host: Gpus, warnings: list[str], *, keep: bool = True) -> Reporter:
-    """What NVML knows, for when somebody wants it: then the driver's files are needed, to find it."""
+    """What NVML knows, for when somebody wants it."""
 
     def report(again: bool) -> Report:
         from . import inventory  # who names no MIG device does without it
 
-        driver = inventory.load(config, host.driver_version, warnings, keep=keep)
-        return inventory.report(config, host, driver, warnings, again=again, keep=keep)
+        return inventory.report(config, host, None, warnings, again=again, keep=keep)
 
     return report
 

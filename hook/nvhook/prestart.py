@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import sys
 
-from . import caps, compat, dri, features, inventory, leftovers, mig, plan, procfs, request, requirements, sockets, spec
+from . import caps, compat, dri, features, inventory, leftovers, plan, procfs, request, selection, sockets, spec
 from . import container as containers
 from . import edits as editing
 from . import gpus as hosts
@@ -76,8 +76,7 @@ def _note(
 def prepare(config: Config, asked: Request, container: Container, warnings: list[str]) -> list[editing.Edit]:
     """The edits, their sources open. An inventory that names a file which has gone is made again, once."""
     gpus = hosts.read(config.proc_root)
-    chosen = hosts.select(asked.devices, gpus, mig.reporter(config, gpus, warnings))
-    requirements.check(asked.requirements, requirements.facts_of(gpus.driver_version))
+    chosen = selection.choose(config, asked, gpus, warnings)
     compatible = compat.find(
         config, asked, container.root, gpus.driver_version, lambda: hosts.brands(chosen.gpus), warnings
     )

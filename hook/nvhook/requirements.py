@@ -12,6 +12,8 @@ This is libnvidia-container's reading, and so is the order: from the left, and w
 malformed only if a term is met that is, as `brnd=x` is in `cuda>=99 brnd=x` but not behind an alternative that holds.
 NVIDIA's container toolkit reads otherwise (terms with unknown names are dropped, `v1.2-rc3` is a version); images were
 written for libnvidia-container. A term about something that the host does not tell holds.
+
+An image's expressions have to hold for each GPU that its container gets: selection.py collects the facts.
 """
 
 from __future__ import annotations
@@ -58,10 +60,10 @@ class Facts:
     """What one GPU and its driver have, each None where it is not known.
 
     `cuda`: the newest CUDA version of the driver (12.2); `driver`: its version (535.54.03); `arch`: the compute
-    capability (9.0); `brand`: NVML's brand as a word (tesla, geforce, …).
+    capability (9.0); `brand`: NVML's brand as a word (tesla, geforce, …). `gpu` is how messages call it.
     """
 
-    __slots__ = ("arch", "brand", "cuda", "driver")
+    __slots__ = ("arch", "brand", "cuda", "driver", "gpu")
 
     def __init__(
         self,
@@ -70,17 +72,20 @@ class Facts:
         driver: str | None = None,
         arch: str | None = None,
         brand: str | None = None,
+        gpu: str = "",
     ) -> None:
         self.cuda = cuda
         self.driver = driver
         self.arch = arch
         self.brand = brand
+        self.gpu = gpu
 
 
 def facts_of(driver: str) -> Facts:
     """What the kernel module's version alone tells: itself, and the newest CUDA version that came with it.
 
-    The CUDA version of a driver from a branch that the table does not know is left open.
+    The table never says too much: every driver from the named one on has that CUDA version. That of a driver from a
+    branch that the table does not know is left open.
     """
     ours = _version(driver)
     newest = _version(_MINIMUM_DRIVERS[-1][1])
@@ -110,11 +115,21 @@ def check(expressions: list[str] | tuple[str, ...], facts: Facts) -> None:
             raise _unsatisfied(expression, failing, facts)
 
 
-def _failing(expression: str, facts: Facts) -> list[_Term]:
-    """The first failing term of each alternative; none if the expression holds."""
+def are_sure(expressions: list[str] | tuple[str, ...], facts: Facts) -> bool:
+    """Whether all of them hold whatever else there may be to know; False says nothing, not even that they are well
+    formed."""
+    try:
+        return not any(_failing(expression, facts, unknown=False) for expression in expressions)
+    except RequirementError:
+        return False
+
+
+def _failing(expression: str, facts: Facts, *, unknown: bool = True) -> list[_Term]:
+    """The first failing term of each alternative; none if the expression holds. `unknown`: what a term about something
+    that is not known counts as."""
     failing = []
     for alternative in _alternatives(expression):
-        term = _first_failing(expression, alternative, facts)
+        term = _first_failing(expression, alternative, facts, unknown=unknown)
         if term is None:
             return []
         failing.append(term)
@@ -136,13 +151,13 @@ def _alternatives(expression: str) -> list[list[tuple[int, str]]]:
     return alternatives
 
 
-def _first_failing(expression: str, terms: list[tuple[int, str]], facts: Facts) -> _Term | None:
+def _first_failing(expression: str, terms: list[tuple[int, str]], facts: Facts, *, unknown: bool) -> _Term | None:
     for place, text in terms:
         try:
             term = _parse(text)
         except ValueError as error:
             raise _malformed(expression, place, text, str(error)) from None
-        if not _holds(term, facts):
+        if not _holds(term, facts, unknown=unknown):
             return term
     return None
 
@@ -181,15 +196,15 @@ def _version(text: str) -> list[int] | None:
     return parts
 
 
-def _holds(term: _Term, facts: Facts) -> bool:
+def _holds(term: _Term, facts: Facts, *, unknown: bool = True) -> bool:
     present = _fact(facts, term.name)
     if present is None:
-        return True
+        return unknown
     if term.name == "brand":
         return (present.lower() == term.value.lower()) == (term.operator == "=")
     ours, wanted = _version(present), _version(term.value)
     if ours is None or wanted is None:  # a driver with a name for a version tells nothing either
-        return True
+        return unknown
     return {
         "=": ours == wanted,
         "!=": ours != wanted,
@@ -216,7 +231,8 @@ def _unsatisfied(expression: str, failing: list[_Term], facts: Facts) -> Require
 
 
 def _present(name: str, facts: Facts) -> str:
-    present = f"this host has {name} {_fact(facts, name)}"
+    is_of_gpu = name in ("arch", "brand") and facts.gpu
+    present = f"{f'GPU {facts.gpu}' if is_of_gpu else 'this host'} has {name} {_fact(facts, name)}"
     if name == "cuda" and facts.driver is not None:
         present += f" (driver {facts.driver})"
     return present

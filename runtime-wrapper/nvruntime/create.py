@@ -84,11 +84,10 @@ def edit(arguments: list[str], hook: str, config: Config, warnings: list[str]) -
     asked = request.read(described, config, warnings)
     if asked is None:
         return
-    from nvhook import caps, dri, features, gpus, mig, plan, requirements  # only for a container that asks
+    from nvhook import caps, dri, features, gpus, plan, selection  # only for a container that asks
 
     host = gpus.read(config.proc_root)
-    requirements.check(asked.requirements, requirements.facts_of(host.driver_version))
-    chosen = gpus.select(asked.devices, host, mig.reporter(config, host, warnings))
+    chosen = selection.choose(config, asked, host, warnings)
     extras = [caps.find(config, asked, chosen, host), features.find(config, asked, warnings)]
     nodes = plan.devices(asked, chosen.gpus, host, dri.find(config, asked, chosen.gpus), extras)
     if not config.no_cgroups:

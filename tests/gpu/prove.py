@@ -5,7 +5,8 @@ Real containers are started with runc and crun (whichever are there), their imag
 What each sees is compared with what the host sees, a CUDA program compiled on the spot computes in a container, and
 the host's mount table and files are compared before and after. One line a check; exit 1 if one fails.
 
-Needs busybox (static), pyelftools in build/packages (scripts/setup) or NVHOOK_PACKAGES, and nvcc for the CUDA program.
+Needs busybox (static), pyelftools and nvidia-ml-py in build/packages (scripts/setup) or NVHOOK_PACKAGES, and nvcc for
+the CUDA program.
 """
 
 from __future__ import annotations
