@@ -11,7 +11,7 @@ import shutil
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -56,9 +56,8 @@ def _library(host: Path) -> str:
     ],
 )
 def test_ask_simulated_host(simhost: Callable[[str], Path], name: str, cuda: str, arch: str, brands: list[str]) -> None:
-    """A directory that only root may enter is above it, and its devices and /proc are in a place of their own."""
+    """Its devices and /proc are in a place of their own."""
     host = simhost(name)
-    assert host.parent.stat().st_mode & 0o077 == 0
     report = nvml.ask(_config(host), _library(host))
     (path,) = HOSTS.glob(f"{name}*.json")
     described = json.loads(path.read_text())["gpus"]
@@ -67,6 +66,14 @@ def test_ask_simulated_host(simhost: Callable[[str], Path], name: str, cuda: str
         (gpu["uuid"], gpu["pci_bus_id"][4:].lower(), arch, brand) for gpu, brand in zip(described, brands, strict=True)
     ] == [(item.uuid, item.pci, item.arch, item.brand) for item in report.devices]
     assert not any(item.mig_enabled or item.instances for item in report.devices)
+
+
+@pytest.mark.root
+def test_ask_below_a_directory_that_only_root_may_enter(tmp_path: Path) -> None:
+    tmp_path.chmod(0o700)
+    build(A100, tmp_path / "host")
+    report = nvml.ask(_config(tmp_path / "host"), _library(tmp_path / "host"))
+    assert [item.uuid for item in report.devices] == A100_UUIDS
 
 
 @pytest.mark.root
@@ -331,32 +338,29 @@ static void attack(void)
 
 
 @pytest.fixture
-def place(tmp_path: Path) -> Path:
-    """With a file that only root may read, and a directory and a file that anybody may write."""
-    (tmp_path / "secret").write_text("secret")
-    (tmp_path / "secret").chmod(0o600)
-    (tmp_path / "public").mkdir()
-    (tmp_path / "public").chmod(0o777)
-    (tmp_path / "public/canary").write_text("untouched")
-    (tmp_path / "public/canary").chmod(0o666)
-    for parent in (tmp_path, *tmp_path.parents):
-        if parent.stat().st_mode & 0o001 == 0:
-            parent.chmod(parent.stat().st_mode | 0o011)  # so that modes alone stand in the way
-    return tmp_path
+def place() -> Iterator[Path]:
+    """With a file that only root may read, and a directory and a file that anybody may write: modes alone stand in the
+    way, not the directories above."""
+    with tempfile.TemporaryDirectory() as made:
+        directory = Path(made)
+        directory.chmod(0o755)
+        (directory / "secret").write_text("secret")
+        (directory / "secret").chmod(0o600)
+        (directory / "public").mkdir()
+        (directory / "public").chmod(0o777)
+        (directory / "public/canary").write_text("untouched")
+        (directory / "public/canary").chmod(0o666)
+        yield directory
 
 
 @pytest.mark.root
 @pytest.mark.parametrize(
     ("user", "uid", "gid"),
-    [("", 65534, 65534), ("1234", 1234, None), ("1234:5678", 1234, 5678), ("daemon:bin", 1, 2), ("0:0", 0, 0)],
+    [("", 65534, 65534), ("1234:5678", 1234, 5678), ("daemon", 1, 1), ("daemon:bin", 1, 2), ("0:0", 0, 0)],
 )
-def test_library_is_confined(place: Path, defaults: Config, user: str, uid: int, gid: int | None) -> None:
+def test_library_is_confined(place: Path, defaults: Config, user: str, uid: int, gid: int) -> None:
     """No capability and no way to one, nothing of the host's processes, and nothing that it could write to."""
     defaults.user = user
-    if gid is None:
-        with pytest.raises(ConfigError, match="names no user or group of this host"):
-            nvml.ask(defaults, str(place / "public/none"))
-        return
     line = _error(defaults, _compiled(place, _SPY, f'-DPLACE="{place}"'))
     said = line[line.index("uid=") : line.rindex(";")]
     facts = dict(word.split("=") for word in said.split())
@@ -387,6 +391,19 @@ def test_library_is_confined(place: Path, defaults: Config, user: str, uid: int,
     assert (place / "public/canary").read_text() == "untouched"
     assert os.listdir(place / "public") == ["canary"]
     assert not os.path.exists("/dev/shm/nvhook-test")
+
+
+@pytest.mark.root
+@pytest.mark.parametrize("user", ["1234", "nobody-has-this-name", "root:nobody-has-this-name"])
+def test_ask_as_a_user_that_there_is_not(defaults: Config, user: str) -> None:
+    """A number needs a group beside it, unless the host knows it."""
+    defaults.user = user
+    with pytest.raises(ConfigError) as raised:
+        nvml.ask(defaults, "/nonexistent/libnvidia-ml.so.1")
+    assert str(raised.value) == (
+        f"config error: ``: `nvidia-container-cli.user` = `{user}` names no user or group of this host; "
+        "write numbers, uid:gid, or take the line out"
+    )
 
 
 @pytest.mark.root

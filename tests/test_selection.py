@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import time
 from pathlib import Path
 from typing import Any
 
@@ -282,3 +284,19 @@ def test_start_asks_nvml_once(tmp_path: Path) -> None:
     assert refused.returncode != 0
     assert "requirement error: image needs `brand=tesla`, GPU 0 (GPU-c41d7b52" in refused.stderr
     assert run("fourth", NVIDIA_REQUIRE_CUDA="brand=tesla", NVIDIA_DISABLE_REQUIRE="1").stdout == first.stdout
+
+
+def test_start_with_a_library_that_hangs(tmp_path: Path) -> None:
+    """One deadline for the wrapper and the hook together, and the container starts on what is known."""
+    host = Host(tmp_path / "host")
+    (tmp_path / "hangs.c").write_text("#include <unistd.h>\nint nvmlInitWithFlags(unsigned f) { for (;;) pause(); }\n")
+    flags = ["-shared", "-fPIC", "-w", "-Wl,-soname,libnvidia-ml.so.1"]
+    subprocess.run(["cc", *flags, "-o", str(host.library), str(tmp_path / "hangs.c")], check=True)
+    config = configure(host.directory, tmp_path / "config.toml", tmp_path / "state")
+    bundle = Bundle(tmp_path / "bundle", make_image("debian", tmp_path / "image"))
+    begin = time.monotonic()
+    done = bundle.write(
+        ["/bin/sh", "-c", "echo started"], {"NVIDIA_VISIBLE_DEVICES": "all", "NVIDIA_REQUIRE_X": "brand=nvidia"}
+    ).run(config)
+    assert (done.returncode, done.stdout) == (0, "started\n"), done.stderr
+    assert 9 < time.monotonic() - begin < 15

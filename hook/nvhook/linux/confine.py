@@ -137,10 +137,10 @@ def _begin(
         # Whoever called may have taken the file system ids of a container's root; what is above is for the host's.
         kernel.setfsuid(os.geteuid())
         kernel.setfsgid(os.getegid())
-        kernel.prctl(kernel.PR_SET_PDEATHSIG, 9)
         step = "unshare"
         # An ordinary user may have these in a user namespace of his own, if at all.
         kernel.unshare(_NAMESPACES | (kernel.CLONE_NEWUSER if os.geteuid() else 0))
+        kernel.prctl(kernel.PR_SET_PDEATHSIG, 9)
         step = "fork"
         _keep(os.fork())  # the pid namespace begins with a child
         kernel.prctl(kernel.PR_SET_PDEATHSIG, 9)
