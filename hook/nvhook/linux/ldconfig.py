@@ -15,9 +15,8 @@ import errno
 import fcntl
 import os
 import resource
-import select
-import time
 
+from . import child as children
 from . import kernel
 from .root import DIRECTORY, Root
 
@@ -25,7 +24,6 @@ _SECONDS = 10
 _MEMORY = 2 << 30
 _FILE_SIZE = 64 << 20
 _FILES = 64
-_OUTPUT = 4096
 _HIDDEN = ("proc", "sys", "dev")
 
 # Where a dynamic linker looks without being told. The host's ldconfig knows its own distribution's alone.
@@ -63,38 +61,11 @@ def run(program: int, rootfs: str, root: Root, directories: tuple[str, ...], own
         _confine(program, rootfs, root, owner, arguments, child_output)  # does not return
     os.close(child_output)
     try:
-        status, text = _watch(child, output)
+        status, text = children.watch(child, output, _SECONDS)
     finally:
         os.close(output)
     if status != 0:
         raise OSError(errno.ECHILD, text or f"ended with status {status}")
-
-
-def _watch(child: int, output: int) -> tuple[int, str]:
-    """The child's exit status and the last line it printed; it is killed when its time is over."""
-    pidfd = os.pidfd_open(child)
-    try:
-        text = b""
-        end = time.monotonic() + _SECONDS
-        waiting = [pidfd, output]
-        while pidfd in waiting:
-            ready, _, _ = select.select(waiting, [], [], max(0.0, end - time.monotonic()))
-            if not ready:
-                os.kill(child, 9)
-                os.waitpid(child, 0)
-                return -1, f"not finished after {_SECONDS} s"
-            if output in ready:
-                chunk = os.read(output, _OUTPUT)
-                text = (text + chunk)[-_OUTPUT:]
-                if not chunk:
-                    waiting.remove(output)
-            if pidfd in ready:
-                waiting.remove(pidfd)
-        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    finally:
-        os.close(pidfd)
-    lines = text.decode(errors="replace").split("\n")
-    return status, next((line for line in reversed(lines) if line), "")
 
 
 def _confine(program: int, rootfs: str, root: Root, owner: tuple[int, int], arguments: list[str], output: int) -> None:
