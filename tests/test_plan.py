@@ -93,6 +93,32 @@ def _short(edit: dict[str, Any]) -> str:
     return " ".join([kind, *edit["directories"]])
 
 
+def _plan(capabilities: str, driver: Driver, gpus: Gpus | None = None) -> list[str]:
+    request = Request(("all",), tuple(capabilities.split()), (), "")
+    return [_short(edit.describe()) for edit in plan.make(request, [], gpus or _gpus(), driver, DEBIAN)]
+
+
+def test_file_for_32_bit_programs_with_compat32_alone() -> None:
+    driver = Driver("9.1", [], [], [File("/host/icd.i686", "/etc/icd.i686", ("graphics",), bits=32)])
+    assert _plan("graphics", driver) == [CONTROL]
+    assert _plan("graphics compat32", driver) == ["/host/icd.i686 > /etc/icd.i686", CONTROL]
+    assert _plan("compat32", driver) == [CONTROL]
+
+
+def test_library_with_a_place_of_its_own() -> None:
+    """WSL 2: the driver store stays where it is, and there is one node."""
+    store = "/usr/lib/wsl/drivers/nv"
+    library = Library(f"/host{store}/libcuda.so.1.1", "libcuda.so.1", 64, (), ("compute", "utility"), store)
+    found = _plan("compute", Driver("nv", [library], [], []), Gpus("nv", [], {}, (0, 0, 0o666), (10, 125)))
+    assert found == [
+        f"/host{store}/libcuda.so.1.1 > {store}/libcuda.so.1.1",
+        f"{store}/libcuda.so.1 -> libcuda.so.1.1",
+        f"{store}/libcuda.so -> libcuda.so.1",
+        "/dev/dxg 10:125 rw",
+        f"ldcache {store}",
+    ]
+
+
 CONTROL = "/dev/nvidiactl 195:255 rw"
 GPU = "/dev/nvidia1 195:1 rw"
 UVM = ["/dev/nvidia-uvm 511:0 rw", "/dev/nvidia-uvm-tools 511:1 rw"]

@@ -39,13 +39,14 @@ class Gpu:
 class Gpus:
     """One look at the host.
 
-    driver_version   of the loaded kernel module
-    gpus             those that the driver uses, in NVML's order
+    driver_version   of the loaded kernel module; on WSL 2 the name of the driver store, which changes with the driver
+    gpus             those that the driver uses, in NVML's order; none on WSL 2, where they cannot be told apart
     majors           name -> character device major, from /proc/devices
     node_owner       (uid, gid, mode) that the module wants its device nodes to have
+    dxg              (major, minor) of /dev/dxg on WSL 2, the one node for all GPUs; None elsewhere
     """
 
-    __slots__ = ("driver_version", "gpus", "majors", "node_owner")
+    __slots__ = ("driver_version", "dxg", "gpus", "majors", "node_owner")
 
     def __init__(
         self,
@@ -53,11 +54,18 @@ class Gpus:
         gpus: list[Gpu],
         majors: dict[str, int],
         node_owner: tuple[int, int, int],
+        dxg: tuple[int, int] | None = None,
     ) -> None:
         self.driver_version = driver_version
+        self.dxg = dxg
         self.gpus = gpus
         self.majors = majors
         self.node_owner = node_owner
+
+
+def is_loaded(proc_root: str) -> bool:
+    """Whether the kernel module is there, which says nothing about what it tells."""
+    return os.path.exists(os.path.join(proc_root, "proc/driver/nvidia/version"))
 
 
 def read(proc_root: str) -> Gpus:

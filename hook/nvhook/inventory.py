@@ -4,7 +4,8 @@
 Finding them is dear (discovery.py: every ELF file is opened) and the same for every container, so what was found is
 kept as `inventory.json` below the state directory. It is good exactly as long as what it was made from is the same:
 driver version, boot, linker cache, configuration. Whoever can write there decides what is mounted into containers, so a
-file that others than root and ourselves can have written is not believed.
+file that others than root and ourselves can have written is not believed. What a container gets with another content
+than the host has it (File.content) is kept as files of `files` beside it.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from .driver import Binary, Driver, File, Library
 from .errors import reason
 
 _NAME = "inventory.json"
-_FORMAT = 2
+_FILES = "files"
+_FORMAT = 3
 _MAX_SIZE = 4 << 20
 
 TYPE_CHECKING = False
@@ -42,16 +44,32 @@ def load(config: Config, version: str, warnings: list[str], *, again: bool = Fal
         driver = _read(path, origin)
         if driver is not None:
             return driver
-    from . import discovery  # pyelftools and what it brings, once per driver
-
-    driver = discovery.discover(config.driver_root, config.ldcache, version, warnings)
-    if not keep:
-        return driver
+    driver = _discover(config, version, warnings)
     try:
-        _write(path, origin, driver)
+        _lay_out(driver, config.state_dir, keep=keep)
+        if keep:
+            _write(path, origin, driver)
     except OSError as error:
         warnings.append(f"write `{path}`: {reason(error)}; the next container makes the inventory again")
     return driver
+
+
+def _discover(config: Config, version: str, warnings: list[str]) -> Driver:
+    from . import discovery, wsl  # pyelftools and what it brings, once per driver
+
+    if wsl.is_store(version):
+        return wsl.discover(config.driver_root, version)
+    return discovery.discover(config.driver_root, config.ldcache, version, warnings, proc_root=config.proc_root)
+
+
+def _lay_out(driver: Driver, directory: str, *, keep: bool) -> None:
+    """Give files with a content of their own a place there; one that cannot be written stays as the host has it."""
+    for item in driver.files:
+        if item.content:
+            path = os.path.join(directory, _FILES, item.destination.lstrip("/").replace("/", "-"))
+            if keep:
+                _replace(path, item.content)
+            item.path = path
 
 
 def _origin(config: Config, version: str) -> Json:
@@ -113,11 +131,21 @@ def _driver(inventory: Json) -> Driver:
     return Driver(
         inventory["origin"]["driver"],
         [
-            Library(item["path"], item["soname"], item["bits"], tuple(item["needed"]), tuple(item["capabilities"]))
+            Library(
+                item["path"],
+                item["soname"],
+                item["bits"],
+                tuple(item["needed"]),
+                tuple(item["capabilities"]),
+                item["directory"],
+            )
             for item in inventory["libraries"]
         ],
         [Binary(item["path"], item["name"], item["capability"]) for item in inventory["binaries"]],
-        [File(item["path"], item["destination"], tuple(item["capabilities"])) for item in inventory["files"]],
+        [
+            File(item["path"], item["destination"], tuple(item["capabilities"]), bits=item["bits"])
+            for item in inventory["files"]
+        ],
     )
 
 
@@ -131,15 +159,25 @@ def _write(path: str, origin: Json, driver: Driver) -> None:
                 "bits": item.bits,
                 "needed": item.needed,
                 "capabilities": item.capabilities,
+                "directory": item.directory,
             }
             for item in driver.libraries
         ],
         "binaries": [{"path": item.path, "name": item.name, "capability": item.capability} for item in driver.binaries],
         "files": [
-            {"path": item.path, "destination": item.destination, "capabilities": item.capabilities}
+            {
+                "path": item.path,
+                "destination": item.destination,
+                "capabilities": item.capabilities,
+                "bits": item.bits,
+            }
             for item in driver.files
         ],
     }
+    _replace(path, json.dumps(inventory, indent=1))
+
+
+def _replace(path: str, content: str) -> None:
     os.makedirs(os.path.dirname(path), mode=0o755, exist_ok=True)
     # Several containers may start at once with no inventory yet: each writes its own file, the last one stays.
     beside = f"{path}.{os.getpid()}"
@@ -148,7 +186,8 @@ def _write(path: str, origin: Json, driver: Driver) -> None:
     fd = os.open(beside, os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_WRONLY | os.O_CLOEXEC, 0o644)
     try:
         with open(fd, "wb") as file:
-            file.write(json.dumps(inventory, indent=1).encode())
+            os.fchmod(fd, 0o644)  # whatever the engine's umask: a container's other users read some of them
+            file.write(content.encode())
         os.rename(beside, path)
     except OSError:
         os.unlink(beside)

@@ -64,7 +64,7 @@ def make(
     edits: list[Edit] = []
     directories = []
     for library in libraries:
-        directory = layout.libraries if library.bits == 64 else layout.libraries32
+        directory = _directory(library, layout)
         edits.append(Mount(library.path, f"{directory}/{library.name}", _READ_ONLY))
         if directory not in directories:
             directories.append(directory)
@@ -73,15 +73,17 @@ def make(
         for binary in driver.binaries
         if binary.capability in request.capabilities
     ]
-    files = [item for item in driver.files if asked & set(item.capabilities)]
+    files = [
+        item for item in driver.files if asked & set(item.capabilities) and (item.bits == 64 or "compat32" in asked)
+    ]
     edits += [Mount(item.path, item.destination, _READ_ONLY) for item in files]
     edits += [
         Mount(item.path, item.destination, _WRITABLE, item.what) for item in sockets if asked & set(item.capabilities)
     ]
     for library in libraries:
-        edits += _links(library, layout.libraries if library.bits == 64 else layout.libraries32)
+        directory = _directory(library, layout)
+        edits += _links(library, directory)
         if library.soname == _GBM_LIBRARY and asked & {"display", "graphics"}:
-            directory = layout.libraries if library.bits == 64 else layout.libraries32
             edits.append(Symlink(f"{directory}/{_GBM_BACKEND}", f"../{library.name}"))
     # The X server opens its module by a name without the version.
     edits += [
@@ -104,6 +106,8 @@ def devices(request: Request, chosen: list[Gpu], gpus: Gpus, dri_nodes: Sequence
     def node(name: str, major: int, minor: int) -> Device:
         return Device(f"/dev/{name}", major, minor, "rw", mode=mode, uid=uid, gid=gid)
 
+    if gpus.dxg is not None:
+        return [node("dxg", *gpus.dxg)]
     control = gpus.majors.get("nvidia", gpus.majors.get("nvidia-frontend", _MAJOR))
     nodes = [node(f"nvidia{gpu.minor}", control, gpu.minor) for gpu in chosen]
     nodes.append(node("nvidiactl", control, _CONTROL_MINOR))
@@ -145,6 +149,11 @@ def _libraries(request: Request, driver: Driver) -> list[Library]:
         for library in driver.libraries
         if asked & set(library.capabilities) and (library.bits == 64 or "compat32" in asked)
     ]
+
+
+def _directory(library: Library, layout: Layout) -> str:
+    """Where it is in the container."""
+    return library.directory or (layout.libraries if library.bits == 64 else layout.libraries32)
 
 
 def _links(library: Library, directory: str) -> list[Symlink]:
