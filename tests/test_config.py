@@ -23,8 +23,10 @@ DEFAULTS: dict[str, Any] = {
     "driver_root": "/",
     "ldcache": "/etc/ld.so.cache",
     "ldconfig": HOST_LDCONFIG,
+    "load_kmods": True,
     "log_file": "/dev/null",
     "log_level": "info",
+    "no_additional_gids": False,
     "no_cgroups": False,
     "path": "",
     "proc_root": "/",
@@ -152,6 +154,10 @@ def test_load_does_not_parse(tmp_path: Path, text: str | bytes) -> None:
         pytest.param("nvidia-container-cli.root = ''", "driver_root", "/", id="root-empty"),
         pytest.param("nvidia-container-cli.ldcache = '/c'", "ldcache", "/c", id="ldcache"),
         pytest.param("nvidia-container-cli.no-cgroups = true", "no_cgroups", True, id="no-cgroups"),
+        pytest.param("nvidia-container-cli.load-kmods = false", "load_kmods", False, id="load-kmods"),
+        pytest.param(
+            "features.no-additional-gids-for-device-nodes = true", "no_additional_gids", True, id="no-additional-gids"
+        ),
         pytest.param("nvidia-container-runtime.debug = '/l'", "log_file", "/l", id="debug"),
         pytest.param("nvidia-container-runtime.log-level = 'error'", "log_level", "error", id="log-level"),
         pytest.param("nvidia-container-runtime.runtimes = ['/x/runc']", "runtimes", ("/x/runc",), id="runtimes"),
@@ -170,7 +176,9 @@ BOOLEANS = (
     "disable-require",
     "accept-nvidia-visible-devices-envvar-when-unprivileged",
     "accept-nvidia-visible-devices-as-volume-mounts",
+    "nvidia-container-cli.load-kmods",
     "nvidia-container-cli.no-cgroups",
+    "features.no-additional-gids-for-device-nodes",
 )
 STRINGS = (
     "swarm-resource",
@@ -331,6 +339,16 @@ def test_load_ldconfig_normalised(tmp_path: Path, files: list[str], value: str, 
             "ask for GPUs; set one of them to true",
             id="no-way-to-ask",
         ),
+        pytest.param(
+            "[nvidia-container-cli]\nroot = '/run/nvidia/driver/'\nldcache = '/run/nvidia/driver/etc/ld.so.cache'",
+            "`nvidia-container-cli.ldcache` is looked up below `nvidia-container-cli.root` = `/run/nvidia/driver`, "
+            "and begins with it once more; write `/etc/ld.so.cache`",
+            id="cache-below-the-root-twice",
+        ),
+        pytest.param(
+            "[nvidia-container-cli]\nroot = '/run/nvidia'\nldcache = '/run/nvidia-cache'", "", id="cache-like-the-root"
+        ),
+        pytest.param("nvidia-container-cli.ldcache = '/etc/ld.so.cache'", "", id="cache-without-a-root"),
         pytest.param(
             "supported-driver-capabilities = ''",
             "`supported-driver-capabilities` is empty: no container gets a library of the driver; "

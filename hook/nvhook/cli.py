@@ -10,7 +10,7 @@ import os
 import sys
 
 from . import config as configuration
-from . import configure, container, dri, gpus, inventory, plan, request, requirements, sockets, spec
+from . import configure, container, dri, host, inventory, plan, request, requirements, sockets, spec
 from .errors import NvhookError, SpecError, reason
 from .linux.root import DIRECTORY, Root
 from .version import VERSION
@@ -94,14 +94,14 @@ def _plan(options: argparse.Namespace, config: Config, warnings: list[str]) -> N
         document: dict[str, object] = {"request": None, "driver": None, "gpus": [], "edits": []}
         _print(document, [], as_json=options.json)
         return
-    host = gpus.read(config.proc_root)
-    chosen = gpus.select(asked.devices, host.gpus)
-    requirements.check(asked.requirements, requirements.facts_of(host.driver_version))
-    found = inventory.load(config, host.driver_version, warnings, keep=False)
+    gpus = host.read(config, asked, warnings, modprobe="")  # nothing is touched
+    chosen = host.select(asked.devices, gpus)
+    requirements.check(asked.requirements, requirements.facts_of(gpus.driver_version))
+    found = inventory.load(config, gpus.driver_version, warnings, keep=False)
     edits = plan.make(
         asked,
         chosen,
-        host,
+        gpus,
         found,
         container.layout(_root(described.rootfs)),
         dri_nodes=dri.find(config, asked, chosen),

@@ -12,9 +12,8 @@ from __future__ import annotations
 import sys
 
 from . import container as containers
-from . import dri, inventory, leftovers, plan, request, requirements, sockets, spec
+from . import dri, host, inventory, kmods, leftovers, plan, request, requirements, sockets, spec
 from . import edits as editing
-from . import gpus as hosts
 from .errors import ContainerError, DriverError, SpecError, reason
 
 TYPE_CHECKING = False
@@ -72,8 +71,8 @@ def _note(
 
 def prepare(config: Config, asked: Request, container: Container, warnings: list[str]) -> list[editing.Edit]:
     """The edits, their sources open. An inventory that names a file which has gone is made again, once."""
-    gpus = hosts.read(config.proc_root)
-    chosen = hosts.select(asked.devices, gpus.gpus)
+    gpus = host.read(config, asked, warnings)
+    chosen = host.select(asked.devices, gpus)
     requirements.check(asked.requirements, requirements.facts_of(gpus.driver_version))
     for again in (False, True):
         driver = inventory.load(config, gpus.driver_version, warnings, again=again)
@@ -86,6 +85,7 @@ def prepare(config: Config, asked: Request, container: Container, warnings: list
             dri_nodes=dri.find(config, asked, chosen),
             sockets=sockets.find(config.driver_root),
         )
+        kmods.make_nodes(config, [edit for edit in edits if isinstance(edit, editing.Device)], warnings)
         try:
             _prepare(edits, config)
             return edits

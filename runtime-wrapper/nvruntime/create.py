@@ -84,14 +84,17 @@ def edit(arguments: list[str], hook: str, config: Config, warnings: list[str]) -
     asked = request.read(described, config, warnings)
     if asked is None:
         return
-    from nvhook import dri, gpus, plan, requirements  # only for a container that asks
+    from nvhook import dri, host, kmods, plan, requirements  # only for a container that asks
 
-    host = gpus.read(config.proc_root)
-    requirements.check(asked.requirements, requirements.facts_of(host.driver_version))
-    chosen = gpus.select(asked.devices, host.gpus)
-    nodes = plan.devices(asked, chosen, host, dri.find(config, asked, chosen))
+    gpus = host.read(config, asked, warnings)
+    requirements.check(asked.requirements, requirements.facts_of(gpus.driver_version))
+    chosen = host.select(asked.devices, gpus)
+    nodes = plan.devices(asked, chosen, gpus, dri.find(config, asked, chosen))
+    kmods.make_nodes(config, nodes, warnings)
     if not config.no_cgroups:
         bundle.add_device_rules(document, [node.rule() for node in nodes])
+    if not config.no_additional_gids:
+        bundle.add_groups(document, [node.gid for node in nodes if node.needs_group()])
     which = ["--config", os.path.abspath(config.path)] if config.path else []
     bundle.add_hook(document, "prestart", hook, which, HOOK_ENV)
     bundle.add_hook(document, "poststop", hook, ["--state-dir", config.state_dir], HOOK_ENV)
