@@ -364,25 +364,86 @@ def _is_there(edit: dict[str, str]) -> str:
 
 
 @needs_x86
-@pytest.mark.parametrize("family", ["debian", "fedora"])
-def test_workstation_whole(shop: Workshop, hierarchy: tuple[str, ...], family: str) -> None:
+@pytest.mark.parametrize(
+    ("host", "family"),
+    [
+        (WORKSTATION, "debian"),
+        (WORKSTATION, "fedora"),
+        ("fedora42", "fedora"),
+        ("fedora42", "debian"),
+        ("nixos", "debian"),
+        ("nixos", "fedora"),
+    ],
+)
+def test_host_whole(shop: Workshop, hierarchy: tuple[str, ...], host: str, family: str) -> None:
     """Every line of the plan is true in the container, and nothing is left of it."""
     bundle = shop.bundle(family)
     bundle.through = hierarchy
     words = [word for name, value in DRAWS.items() for word in ("--env", f"{name}={value}")]
     planned = subprocess.run(
         [str(containers.REPOSITORY / "scripts/nvhook"), "plan", "--json", "--rootfs", str(bundle.rootfs), *words],
-        env={**os.environ, "NVHOOK_CONFIG": str(shop.config(WORKSTATION))},
+        env={**os.environ, "NVHOOK_CONFIG": str(shop.config(host))},
         check=True,
         capture_output=True,
         text=True,
     )
     edits = json.loads(planned.stdout)["edits"]
-    assert len(edits) > 100
+    assert len(edits) > 90
     before = tree(bundle.rootfs)
-    shown = start(bundle, shop.config(WORKSTATION), "\n".join([*map(_is_there, edits), "nvidia-smi -L"]), DRAWS)
-    assert gpu_lines(WORKSTATION, 0) == shown
+    shown = start(bundle, shop.config(host), "\n".join([*map(_is_there, edits), "nvidia-smi -L"]), DRAWS)
+    assert gpu_lines(host, 0) == shown
     assert before == tree(bundle.rootfs)
+
+
+def test_json_of_nixos_names_libraries_that_the_linker_finds(shop: Workshop) -> None:
+    """In the store of the host, which the container has not, they would be found nowhere."""
+    script = """
+        for file in /usr/share/vulkan/*/*.json /usr/share/glvnd/*/*.json /usr/share/egl/*/*.json; do
+            library=$(sed -n 's/.*"library_path": "\\(.*\\)".*/\\1/p' "$file")
+            ldconfig -p | grep -qF "$library " && echo "$library"
+        done; cat /etc/OpenCL/vendors/nvidia.icd"""
+    bundle = shop.bundle()
+    (bundle.rootfs / "usr/bin/sed").symlink_to("busybox")
+    shown = start(bundle, shop.config("nixos"), script, DRAWS).split()
+    names = ["libGLX_nvidia.so.0"] * 3 + ["libEGL_nvidia.so.0", "libnvidia-egl-wayland.so.1", "libnvidia-egl-gbm.so.1"]
+    assert shown == [*names, "libnvidia-opencl.so.1"]
+
+
+STORE = "/usr/lib/wsl/drivers/nv_dispi.inf_amd64_0afec3f2050014a0"
+
+
+@pytest.mark.parametrize("family", ["debian", "fedora"])
+@pytest.mark.parametrize("capabilities", ["compute,utility", "all"])
+def test_wsl(shop: Workshop, hierarchy: tuple[str, ...], family: str, capabilities: str) -> None:
+    """The driver store is where it was, the linker finds it, and nvidia-smi goes through the one node."""
+    bundle = shop.bundle(family)
+    bundle.through = hierarchy
+    script = f"""{TRY} nvidia-smi -L
+        ldconfig -p | grep -E 'libcuda.so.1|libdxcore|libnvidia-ml.so.1'
+        readlink -f {STORE}/libcuda.so; ls /dev | grep -e nvidia -e dxg; ls /proc/driver/nvidia 2>/dev/null || :
+        mknod /dev/other c 10 124; try /dev/other"""
+    before = tree(bundle.rootfs)
+    shown = start(bundle, shop.config("wsl2"), script, {**ALL, "NVIDIA_DRIVER_CAPABILITIES": capabilities})
+    first, *lines = shown.splitlines()
+    assert f"{first}\n" == gpu_lines("wsl2", 0)
+    assert lines == [
+        f"\tlibnvidia-ml.so.1 (libc6,x86-64) => {STORE}/libnvidia-ml.so.1",
+        "\tlibdxcore.so (libc6,x86-64) => /usr/lib/wsl/lib/libdxcore.so",
+        f"\tlibcuda.so.1 (libc6,x86-64) => {STORE}/libcuda.so.1",
+        f"{STORE}/libcuda.so.1.1",
+        "dxg",
+        "/dev/other denied",
+    ]
+    assert before == tree(bundle.rootfs)
+
+
+def test_wsl_with_the_hook_alone(shop: Workshop, hierarchy: tuple[str, ...]) -> None:
+    bundle = shop.bundle()
+    bundle.through = hierarchy
+    put_hook(bundle, "--config", str(shop.config("wsl2")))
+    bundle.write(["/usr/bin/nvidia-smi", "-L"], ALL)
+    result = bundle.run(None, wrapper=Path("runc"))
+    assert (result.returncode, result.stdout, result.stderr) == (0, gpu_lines("wsl2", 0), "")
 
 
 def test_dri_nodes_of_the_gpu_alone(shop: Workshop, hierarchy: tuple[str, ...]) -> None:

@@ -174,7 +174,9 @@ def _xorg(root: Root, directories: list[str], version: str) -> list[File]:
 
 
 def _in_system(directory: str) -> str:
-    """Where a directory of X modules is in a container: a place of the driver's own becomes /usr."""
+    """Where a directory of X modules is in a container: a place of the driver's own becomes /usr, and so does `/`."""
+    if directory.startswith("/lib"):  # a link to /usr/lib, by which the linker cache knows it
+        return f"/usr{directory}"
     if any(directory.startswith(f"{place}/") for place in _SYSTEM):
         return directory
     parts = directory.split("/")

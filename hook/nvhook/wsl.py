@@ -60,8 +60,9 @@ def discover(driver_root: str, store: str) -> Driver:
         name = os.path.basename(path)
         real, header = discovery.examine(root, path)
         if header is not None and header.kind == "shared":
-            place = os.path.dirname(path)
-            libraries.append(Library(real, header.soname or "", header.bits, (), CAPABILITIES, place))
+            # libcuda_loader.so, which Windows copies to lib/libcuda.so.1, may go by that name here too.
+            soname = header.soname if header.soname and name.startswith(header.soname.partition("so")[0]) else ""
+            libraries.append(Library(real, soname, header.bits, (), CAPABILITIES, os.path.dirname(path)))
         elif header is not None and name == _SMI:
             binaries.append(Binary(real, name, "utility"))
         elif real and name.endswith((".bin", ".dll")):
