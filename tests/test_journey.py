@@ -515,6 +515,141 @@ def test_daemons_sockets(shop: Workshop, hierarchy: tuple[str, ...]) -> None:
     assert shown() == "control\nx\n"
 
 
+# What the host makes on demand
+
+
+def not_yet_loaded(host: Path, place: Path, *, modprobe: str) -> tuple[str, ...]:
+    """For `Bundle.through`: this machine with the simulated host's /proc/driver, and a kernel that lacks nvidia-uvm.
+
+    All of it is in a mount namespace of its own: /dev is another one, and in the place of modprobe is a script.
+    """
+    place.mkdir()
+    shutil.copy(host / "proc/devices", place / "whole")
+    (place / "devices").write_text(re.sub(r" *\d+ nvidia-uvm\n", "", (place / "whole").read_text()))
+    (place / "script").write_text(f"#!/bin/sh\n{modprobe.format(place=place)}\n")
+    (place / "script").chmod(0o755)
+    named = Path("/proc/sys/kernel/modprobe")
+    program = (named.read_text().strip() if named.exists() else "") or "/sbin/modprobe"
+    hidden = Path(program)
+    mounts = f"""
+        mount -t tmpfs tmpfs /proc/driver
+        cp -a {host}/proc/driver/nvidia /proc/driver/
+        mount --bind {place}/devices /proc/devices
+        mkdir {place}/dev
+        mount -t tmpfs -o mode=755 tmpfs {place}/dev
+        for node in null zero full random urandom tty; do cp -a /dev/$node {place}/dev/; done
+        mkdir {place}/dev/pts {place}/dev/shm
+        mount --move {place}/dev /dev
+    """
+    if hidden.exists():
+        mounts += f"mount --bind {place}/script {hidden.resolve()}\n"
+    else:
+        mounts += f"mount -t overlay -o lowerdir={place}/bin:{hidden.parent} overlay {hidden.parent}\n"
+        (place / "bin").mkdir()
+        shutil.copy(place / "script", place / "bin" / hidden.name)
+    return containers.own_mounts(mounts)
+
+
+LOADS = 'echo "$@" >>{place}/asked; cat {place}/whole >/proc/devices'
+
+
+def real_roots(shop: Workshop, host: Path, *, load_kmods: bool) -> Path:
+    """config.toml with the driver of the simulated host, and /dev and /proc of this machine."""
+    path = containers.configure(host, shop.new("config.toml"), shop.new("state"))
+    text = path.read_text().replace(f'dev-root = "{host}"\nproc-root = "{host}"\n', "")
+    kept = f'root = "{host}/driver"\n'
+    path.write_text(text.replace(kept, f"{kept}load-kmods = {str(load_kmods).lower()}\n"))
+    return path
+
+
+@pytest.mark.parametrize("form", ["wrapper", "hook-alone"])
+def test_module_is_loaded_and_nodes_are_made(shop: Workshop, hierarchy: tuple[str, ...], form: str) -> None:
+    """Once, before the container starts; the nodes on the host are as in the container."""
+    host, place = shop.simhost(A100), shop.new("kernel")
+    config = real_roots(shop, host, load_kmods=True)
+    bundle = shop.bundle().write(LIST, ALL)
+    after = f"""status=0; "$@" || status=$?
+        (cd /dev; stat -c '%n %a %t:%T' nvidia*) >{shop.place}/{place.name}.nodes; exit $status"""
+    bundle.through = (*hierarchy, *not_yet_loaded(host, place, modprobe=LOADS), "sh", "-c", after, "-")
+    if form == "wrapper":
+        result = bundle.run(config)
+    else:
+        put_hook(bundle, "--config", str(config))
+        bundle.write()
+        result = bundle.run(None, wrapper=Path("runc"))
+    assert (result.returncode, result.stdout) == (0, gpu_lines(A100, 0, 1)), result.stderr
+    assert (place / "asked").read_text() == "nvidia-uvm\n"
+    assert (shop.place / f"{place.name}.nodes").read_text().splitlines() == [
+        "nvidia-uvm 666 1ff:0",
+        "nvidia-uvm-tools 666 1ff:1",
+        "nvidia0 666 c3:0",
+        "nvidia1 666 c3:1",
+        "nvidiactl 666 c3:ff",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("load_kmods", "modprobe", "message"),
+    [
+        pytest.param(
+            True,
+            "echo 'modprobe: FATAL: Module nvidia-uvm not found.' >&2; exit 1",
+            "the nvidia-uvm kernel module is not loaded, and cannot be: modprobe: FATAL: Module nvidia-uvm not found.",
+            id="cannot-be-loaded",
+        ),
+        pytest.param(
+            True,
+            "exit 0",
+            "compute or video is asked for and the nvidia-uvm kernel module is not loaded; load it with",
+            id="loaded-and-not-there",
+        ),
+        pytest.param(
+            False,
+            LOADS,
+            "compute or video is asked for and the nvidia-uvm kernel module is not loaded; load it with",
+            id="not-wanted",
+        ),
+    ],
+)
+def test_module_that_is_not_there(shop: Workshop, load_kmods: bool, modprobe: str, message: str) -> None:
+    host, place = shop.simhost(A100), shop.new("kernel")
+    bundle = shop.bundle().write(LIST, ALL)
+    bundle.through = (*bundle.through, *not_yet_loaded(host, place, modprobe=modprobe))
+    result = bundle.run(real_roots(shop, host, load_kmods=load_kmods))
+    assert (result.returncode, result.stdout) == (1, "")
+    (line,) = result.stderr.splitlines()
+    assert line.startswith(f"nvidia-container-runtime: device error: {message}")
+    assert not (place / "asked").exists()
+
+
+def test_nodes_for_a_user_namespace(shop: Workshop) -> None:
+    """They cannot be made in the container, and the host has none to bind: they are made there first."""
+    host, config = shop.copy_of(A100)
+    shutil.rmtree(host / "dev")
+    (host / "dev").mkdir()
+    bundle = shop.bundle()
+    into_user_namespace(bundle)
+    assert gpu_lines(A100, 0, 1) == start(bundle, config, "nvidia-smi -L", ALL)
+    assert sorted(os.listdir(host / "dev")) == ["nvidia-uvm", "nvidia-uvm-tools", "nvidia0", "nvidia1", "nvidiactl"]
+
+
+@pytest.mark.parametrize("wanted", [True, False], ids=["given", "not-given"])
+def test_group_of_a_node_for_a_user(shop: Workshop, wanted: bool) -> None:
+    """Who is not root gets through the node's own permissions, without being named in the image's /etc/group."""
+    host, config = shop.copy_of(WORKSTATION)
+    for node in (host / "dev/dri").iterdir():
+        os.chown(node, 0, 4711)
+    if not wanted:
+        config.write_text(f"features.no-additional-gids-for-device-nodes = true\n{config.read_text()}")
+    bundle = shop.bundle()
+    bundle.config["process"]["user"] = {"uid": 1000, "gid": 1000}
+    script = "id -G; stat -c '%a %g' /dev/dri/renderD129; exec 3<>/dev/dri/renderD129"
+    bundle.write(["/bin/sh", "-c", script], {**ALL, "NVIDIA_DRIVER_CAPABILITIES": "graphics"})
+    result = bundle.run(config)
+    assert result.stdout == f"1000{' 4711' if wanted else ''}\n660 4711\n"
+    assert ("Permission denied" in result.stderr) != wanted
+
+
 # How engines start it
 
 
