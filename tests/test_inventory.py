@@ -108,7 +108,7 @@ def _record(found: Driver) -> Any:
         (item.path, item.name, item.soname, item.bits, item.needed, item.capabilities, item.directory)
         for item in found.libraries
     ]
-    binaries = [(item.path, item.name, item.capability) for item in found.binaries]
+    binaries = [(item.path, item.name, item.capability, *item.directories) for item in found.binaries]
     return (
         found.version,
         libraries,
@@ -120,7 +120,7 @@ def _record(found: Driver) -> Any:
 def _is_cached(place: Place, version: str = V) -> bool:
     """Whether the next load believes the inventory: told from a mark that only that file has."""
     inventory = json.loads(place.inventory.read_text())
-    inventory["binaries"] = [{"path": "/mark", "name": "mark", "capability": "utility"}]
+    inventory["binaries"] = [{"path": "/mark", "name": "mark", "capability": "utility", "directories": []}]
     place.inventory.write_text(json.dumps(inventory))
     return [item.name for item in place.load(version).binaries] == ["mark"]
 
@@ -337,6 +337,33 @@ def test_discover_programs(place: Place) -> None:
         (f"{programs}/smi-580", "nvidia-smi", "utility"),
         (str(beside), "nvidia-cuda-mps-server", "compute"),
     ]
+
+
+@pytest.mark.parametrize(
+    ("libraries", "programs"),
+    [
+        pytest.param(LIB, "usr/bin", id="debian-ubuntu"),
+        pytest.param(f"{LIB}/nvidia/current", "usr/lib/nvidia/current", id="debian-alternatives"),
+        pytest.param("usr/lib64", "usr/bin", id="fedora-suse"),
+        pytest.param("usr/lib", "usr/bin", id="arch"),
+        pytest.param("usr/local/nvidia/lib64", "usr/local/nvidia/bin", id="by-hand"),
+        pytest.param("lib64", "bin", id="gke-with-its-directory-as-driver-root"),
+        pytest.param("usr/local/glibc/usr/lib", "usr/local/bin", id="talos"),
+        pytest.param("opt/nvidia/lib64", "opt/nvidia/bin", id="opt"),
+        pytest.param("run/opengl-driver/lib", "run/current-system/sw/bin", id="nixos"),
+    ],
+)
+def test_discover_layouts(tmp_path: Path, libraries: str, programs: str) -> None:
+    """Without a linker cache, which not every host has."""
+    place = Place(tmp_path)
+    found = [place.library(name, at=libraries) for name in ("libcuda", "libnvidia-ml")]
+    program = place.root / programs / "nvidia-smi"
+    program.parent.mkdir(parents=True, exist_ok=True)
+    program.write_bytes(elfwriter.program(["libc.so.6"], machine=NATIVE))
+    program.chmod(0o755)
+    driver = place.load()
+    assert [item.path for item in driver.libraries] == [str(path) for path in found]
+    assert [item.path for item in driver.binaries] == [str(program)]
 
 
 # The inventory

@@ -18,7 +18,8 @@ import pytest
 
 import containers
 from containers import HOOK, TRIPLET, TRY, Bundle, Workshop, gpu_lines, tree
-from simhost import elfwriter
+from simhost import description, elfwriter
+from simhost.compiler import Compiler
 
 pytestmark = pytest.mark.root
 
@@ -407,6 +408,32 @@ def test_json_of_nixos_names_libraries_that_the_linker_finds(shop: Workshop) -> 
     shown = start(bundle, shop.config("nixos"), script, DRAWS).split()
     names = ["libGLX_nvidia.so.0"] * 3 + ["libEGL_nvidia.so.0", "libnvidia-egl-wayland.so.1", "libnvidia-egl-gbm.so.1"]
     assert shown == [*names, "libnvidia-opencl.so.1"]
+
+
+GLIBC = "/nix/store/q7w1h9mz4kxv2ds0yp5rbn3clf8jg6ia-glibc-2.40-66/lib"
+
+
+@needs_x86
+@pytest.mark.parametrize("family", ["debian", "busybox"])
+def test_program_of_nixos_starts(shop: Workshop, family: str) -> None:
+    """Its dynamic linker and its libraries are where it was built with them, whatever the image has."""
+    host, config = shop.copy_of("nixos")
+    store = host / "driver/nix/store"
+    (store / GLIBC.removeprefix("/nix/store/")).mkdir(parents=True)
+    donor = shop.bundle("debian").rootfs
+    for path in [*(donor / LIBRARIES).glob("lib*.so.*"), donor / "usr/lib64/ld-linux-x86-64.so.2"]:
+        shutil.copy(path, f"{host}/driver{GLIBC}/")
+    (program,) = store.glob("*-bin/bin/nvidia-smi")
+    (libraries,) = store.glob("*-nvidia-x11-570.153.02-6.12.30/lib")
+    search = f"{str(libraries).removeprefix(f'{host}/driver')}:{GLIBC}:/nix/store/gone/lib:$ORIGIN"
+    elf = {"soname": None, "needed": ["libpthread.so.0", "libm.so.6", "libdl.so.2", "librt.so.1", "libc.so.6"]}
+    flags = f"-Wl,--dynamic-linker={GLIBC}/ld-linux-x86-64.so.2", f"-Wl,--enable-new-dtags,-rpath,{search}"
+    with Compiler(description.load(containers.REPOSITORY / "tests/hosts/nixos.json")) as compiler:
+        compiler.program("nvidia_smi.c", elf, str(program), *flags)
+    bundle = shop.bundle(family)
+    before = tree(bundle.rootfs)
+    assert gpu_lines("nixos", 0) == start(bundle, config, "nvidia-smi -L", ALL)
+    assert before == tree(bundle.rootfs)
 
 
 STORE = "/usr/lib/wsl/drivers/nv_dispi.inf_amd64_0afec3f2050014a0"

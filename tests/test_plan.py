@@ -105,6 +105,21 @@ def test_file_for_32_bit_programs_with_compat32_alone() -> None:
     assert _plan("compat32", driver) == [CONTROL]
 
 
+def test_programs_of_nix_have_their_directories_once() -> None:
+    libc, ours, other = ("/real/libc", "/nix/store/libc/lib"), ("/real/x11", "/nix/store/x11/lib"), ("/real/mps", "/m")
+    binaries = [
+        Binary("/host/smi", "smi", "utility", (libc, ours)),
+        Binary("/host/dump", "dump", "utility", (libc,)),
+        Binary("/host/mps", "mps", "compute", (libc, other)),
+    ]
+    assert _plan("graphics utility", Driver("9.1", LIBRARIES[4:5], binaries, []))[1:5] == [
+        "/host/smi > /usr/bin/smi",
+        "/host/dump > /usr/bin/dump",
+        "/real/libc > /nix/store/libc/lib",
+        "/real/x11 > /nix/store/x11/lib",
+    ]
+
+
 def test_library_with_a_place_of_its_own() -> None:
     """WSL 2: the driver store stays where it is, and there is one node."""
     store = "/usr/lib/wsl/drivers/nv"

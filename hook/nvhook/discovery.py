@@ -119,6 +119,7 @@ _LIBRARY_DIRECTORIES = (
     "/usr/local/nvidia/lib64",
     "/usr/local/nvidia/lib",
     "/usr/local/lib",
+    "/usr/local/glibc/usr/lib",
     "/opt/nvidia/lib64",
 )
 _PROGRAM_DIRECTORIES = (
@@ -134,6 +135,7 @@ _PROGRAM_DIRECTORIES = (
     "/opt/nvidia/bin",
     "/opt/bin",
 )
+_STORE = "/nix/store/"
 # Loaders look for these libraries one level down; libnvidia-tls had variants in tls/ before driver 396.
 _SUBDIRECTORIES = ("", "vdpau", "tls")
 
@@ -308,17 +310,25 @@ def _binaries(root: Root, directories: list[str]) -> list[Binary]:
     binaries = []
     for name, capability in PROGRAMS:
         for directory in dict.fromkeys([*_PROGRAM_DIRECTORIES, *beside]):
-            path = _program(root, f"{directory}/{name}")
-            if path:
-                binaries.append(Binary(path, name, capability))
+            path, header = examine(root, f"{directory}/{name}")
+            if header is not None and os.stat(path).st_mode & 0o111:  # a script would name places of the host
+                binaries.append(Binary(path, name, capability, _store_directories(root, header)))
                 break
     return binaries
 
 
-def _program(root: Root, path: str) -> str:
-    """The real path of a program for this machine; empty for a script, which would name places of the host."""
-    real, header = examine(root, path)
-    return real if header is not None and os.stat(real).st_mode & 0o111 else ""
+def _store_directories(root: Root, header: elf.Elf) -> tuple[tuple[str, str], ...]:
+    """Those of Nix's store with a program's own dynamic linker and the libraries that it was built with."""
+    found = []
+    for path in dict.fromkeys([os.path.dirname(header.interpreter), *header.search]):
+        if path.startswith(_STORE):
+            try:
+                fd = root.open(path, os.O_PATH | os.O_DIRECTORY)
+            except OSError:
+                continue
+            found.append((os.readlink(f"/proc/self/fd/{fd}"), path))
+            os.close(fd)
+    return tuple(found)
 
 
 def examine(root: Root, path: str) -> tuple[str, elf.Elf | None]:

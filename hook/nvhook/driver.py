@@ -38,14 +38,18 @@ class Library:
 
 
 class Binary:
-    """`path` on the host, without links; `name` as it is called in the container."""
+    """`path` on the host, without links; `name` as it is called in the container.
 
-    __slots__ = ("capability", "name", "path")
+    directories   what it names by absolute paths that no distribution has, as (on the host without links, as named)
+    """
 
-    def __init__(self, path: str, name: str, capability: str) -> None:
+    __slots__ = ("capability", "directories", "name", "path")
+
+    def __init__(self, path: str, name: str, capability: str, directories: tuple[tuple[str, str], ...] = ()) -> None:
         self.path = path
         self.name = name
         self.capability = capability
+        self.directories = directories
 
 
 class File:

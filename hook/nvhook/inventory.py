@@ -141,7 +141,15 @@ def _driver(inventory: Json) -> Driver:
             )
             for item in inventory["libraries"]
         ],
-        [Binary(item["path"], item["name"], item["capability"]) for item in inventory["binaries"]],
+        [
+            Binary(
+                item["path"],
+                item["name"],
+                item["capability"],
+                tuple((source, place) for source, place in item["directories"]),
+            )
+            for item in inventory["binaries"]
+        ],
         [
             File(item["path"], item["destination"], tuple(item["capabilities"]), bits=item["bits"])
             for item in inventory["files"]
@@ -163,7 +171,15 @@ def _write(path: str, origin: Json, driver: Driver) -> None:
             }
             for item in driver.libraries
         ],
-        "binaries": [{"path": item.path, "name": item.name, "capability": item.capability} for item in driver.binaries],
+        "binaries": [
+            {
+                "path": item.path,
+                "name": item.name,
+                "capability": item.capability,
+                "directories": item.directories,
+            }
+            for item in driver.binaries
+        ],
         "files": [
             {
                 "path": item.path,

@@ -68,11 +68,11 @@ def make(
         edits.append(Mount(library.path, f"{directory}/{library.name}", _READ_ONLY))
         if directory not in directories:
             directories.append(directory)
-    edits += [
-        Mount(binary.path, f"{layout.binaries}/{binary.name}", _READ_ONLY)
-        for binary in driver.binaries
-        if binary.capability in request.capabilities
-    ]
+    binaries = [binary for binary in driver.binaries if binary.capability in request.capabilities]
+    edits += [Mount(binary.path, f"{layout.binaries}/{binary.name}", _READ_ONLY) for binary in binaries]
+    # What several of them need they have once.
+    needed = dict.fromkeys(directory for binary in binaries for directory in binary.directories)
+    edits += [Mount(source, place, _READ_ONLY, "directory") for source, place in needed]
     files = [
         item for item in driver.files if asked & set(item.capabilities) and (item.bits == 64 or "compat32" in asked)
     ]

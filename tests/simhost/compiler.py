@@ -59,8 +59,8 @@ class Compiler:
         version = version or self._description["driver_version"]
         self._compile(source, path, elf, version, "-shared", f"-Wl,-soname,{elf['soname']}")
 
-    def program(self, source: str, elf: dict[str, Any], path: str) -> None:
-        self._compile(source, path, elf, self._description["driver_version"], "-pie")
+    def program(self, source: str, elf: dict[str, Any], path: str, *flags: str) -> None:
+        self._compile(source, path, elf, self._description["driver_version"], "-pie", *flags)
 
     def _compile(self, source: str, path: str, elf: dict[str, Any], version: str, *flags: str) -> None:
         with open(os.path.join(self._directory, "host.h"), "w", encoding="utf-8") as file:
