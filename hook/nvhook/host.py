@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 
-from . import gpus
+from . import gpus, kmods
 from .errors import DeviceError, DriverError
 
 TYPE_CHECKING = False
@@ -29,7 +29,7 @@ def read(config: Config, asked: Request, warnings: list[str], *, modprobe: str |
     DeviceError when a module is not there, DriverError for a host that nvhook does not serve.
     """
     if not gpus.is_loaded(config.proc_root):
-        from . import wsl
+        from . import wsl  # only where there is no kernel module
 
         on_wsl = wsl.find(config.driver_root, config.dev_root)
         if on_wsl is not None:
@@ -70,8 +70,6 @@ def _load(missing: list[str], config: Config, warnings: list[str], modprobe: str
     Without nvidia there is nothing, without nvidia-uvm no computing. Mode setting is more than most who ask for
     `display` use; a driver without it is no reason not to start.
     """
-    from . import kmods  # only where something is missing
-
     program = kmods.modprobe(config) if modprobe is None else modprobe
     for module in missing if program else ():
         try:

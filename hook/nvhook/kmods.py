@@ -62,7 +62,7 @@ def load(module: str, program: str) -> None:
     if status != 0:
         raise DeviceError(
             f"the {module} kernel module is not loaded, and cannot be: {text or f'status {status}'}",
-            f"see `dmesg`, or install the driver; `modprobe {module}` on the host must work",
+            f"`modprobe {module}` has to work on the host: see `dmesg`, or install the driver",
         )
 
 
