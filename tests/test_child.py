@@ -31,6 +31,7 @@ def _run(script: str, seconds: int = 10) -> tuple[int, str]:
         pytest.param("printf cut; exit 7", (7, "cut"), id="without-newline"),
         pytest.param("kill -9 $$", (-9, ""), id="killed"),
         pytest.param("head -c 100000 /dev/zero | tr '\\0' x; echo; echo end; exit 1", (1, "end"), id="much"),
+        pytest.param("echo first; (sleep 5; echo late) & exit 2", (2, "first"), id="leaves-one-behind"),
         pytest.param("exec >&- 2>&-; sleep 0.2; exit 5", (5, ""), id="closes-its-output-first"),
         pytest.param("printf '\\377\\n'", (0, "\ufffd"), id="not-utf-8"),
     ],
