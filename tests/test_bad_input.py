@@ -234,6 +234,97 @@ def test_no_kernel_module_and_nothing_asked(shop: Workshop) -> None:
     assert shop.bundle("busybox").write(["/bin/true"]).run(shop.config("no-driver")).returncode == 0
 
 
+def _emptied(path: Path) -> None:
+    path.write_text("")
+
+
+def _made_directory(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+INFORMATION = "driver/nvidia/gpus/0000:0a:00.0/information"
+
+
+@pytest.mark.parametrize(
+    ("name", "damage", "message"),
+    [
+        pytest.param(
+            "driver/nvidia/gpus",
+            shutil.rmtree,
+            "all GPUs are asked for and the driver has none; see `dmesg | grep -i nvrm`",
+            id="no-gpus",
+        ),
+        pytest.param(INFORMATION, os.unlink, "read `{path}`: no such file or directory", id="no-information"),
+        pytest.param(INFORMATION, _made_directory, "read `{path}`: is a directory", id="information-is-a-directory"),
+        pytest.param(INFORMATION, _emptied, "read `{path}`: no `Device Minor`", id="information-empty"),
+        pytest.param("devices", os.unlink, "read `{path}`: no such file or directory", id="no-devices"),
+        pytest.param("devices", _made_directory, "read `{path}`: is a directory", id="devices-is-a-directory"),
+        pytest.param(
+            "devices",
+            _emptied,
+            "compute or video is asked for and the nvidia-uvm kernel module is not loaded; load it with "
+            "`nvidia-modprobe -u -c 0` or `modprobe nvidia-uvm`",
+            id="devices-empty",
+        ),
+        pytest.param("driver/nvidia/version", _emptied, "read `{path}`: no driver version in ``", id="version-empty"),
+        pytest.param(
+            "driver/nvidia/version", _made_directory, "read `{path}`: is a directory", id="version-is-a-directory"
+        ),
+    ],
+)
+def test_proc_tree_half_there(shop: Workshop, name: str, damage: Callable[[Path], None], message: str) -> None:
+    host, config = shop.copy_of(A100)
+    path = host / "proc" / name
+    damage(path)
+    line = refused_by_wrapper(shop.bundle().write(LIST, ALL), config)
+    assert line == f"nvidia-container-runtime: device error: {message.format(path=path)}"
+
+
+def test_proc_tree_without_params(shop: Workshop) -> None:
+    """They have defaults."""
+    host, config = shop.copy_of(A100)
+    (host / "proc/driver/nvidia/params").unlink()
+    assert shop.bundle().write(LIST, ALL).run(config).stdout == BOTH
+
+
+def test_tegra(shop: Workshop) -> None:
+    host, config = shop.copy_of("no-driver")
+    (host / "driver/etc").mkdir(exist_ok=True)
+    (host / "driver/etc/nv_tegra_release").write_text("# R36 (release), REVISION: 4.3\n")
+    line = refused_by_wrapper(shop.bundle().write(LIST, ALL), config)
+    assert line.startswith(f"nvidia-container-runtime: driver error: this is a Tegra, as `{host}/driver/etc/nv_tegra_")
+    assert shop.bundle("busybox").write(["/bin/true"]).run(config).returncode == 0
+
+
+def test_wsl_one_gpu_alone(shop: Workshop) -> None:
+    line = refused_by_wrapper(shop.bundle().write(LIST, {"NVIDIA_VISIBLE_DEVICES": "0"}), shop.config("wsl2"))
+    assert line == (
+        "nvidia-container-runtime: device error: `0` is asked for, and on WSL 2 the GPUs have one node, /dev/dxg, "
+        "for all of them; ask for `all`"
+    )
+
+
+@pytest.mark.parametrize("library", ["libcuda.so.1.1", "libnvidia-ml.so.1"])
+def test_wsl_store_half_there(shop: Workshop, library: str) -> None:
+    host, config = shop.copy_of("wsl2")
+    (path,) = (host / "driver/usr/lib/wsl/drivers").glob(f"*/{library}")
+    path.unlink()
+    bundle = shop.bundle().write(LIST, ALL)
+    if library == "libcuda.so.1.1":
+        assert "driver error: this is WSL 2, as `/dev/dxg` says, and no directory" in refused_by_wrapper(bundle, config)
+    else:
+        assert "driver error: `utility` is asked for and driver nv_dispi" in refused_by_hook(bundle, config)
+
+
+def test_wsl_store_damaged(shop: Workshop) -> None:
+    host, config = shop.copy_of("wsl2")
+    (path,) = (host / "driver/usr/lib/wsl/drivers").glob("*/libnvdxgdmal.so.1")
+    path.write_bytes(path.read_bytes()[:50])
+    line = refused_by_hook(shop.bundle().write(LIST, ALL), config)
+    assert f"driver error: read `{path}`: " in line
+
+
 def test_libraries_of_another_version_than_the_module(shop: Workshop) -> None:
     host, config = shop.copy_of(A100)
     version = host / "proc/driver/nvidia/version"

@@ -27,8 +27,10 @@ DEFAULTS: dict[str, Any] = {
     "imex_channels_of_host_only": False,
     "ldcache": "/etc/ld.so.cache",
     "ldconfig": HOST_LDCONFIG,
+    "load_kmods": True,
     "log_file": "/dev/null",
     "log_level": "info",
+    "no_additional_gids": False,
     "no_cgroups": False,
     "path": "",
     "proc_root": "/",
@@ -164,6 +166,10 @@ def test_load_does_not_parse(tmp_path: Path, text: str | bytes) -> None:
         pytest.param("nvidia-container-cli.user = '1000'", "user", "1000", id="user"),
         pytest.param("nvidia-container-cli.user = 'root:video'", "user", "root:video", id="user-and-group"),
         pytest.param("nvidia-container-cli.user = '4294967294:0'", "user", "4294967294:0", id="user-last-number"),
+        pytest.param("nvidia-container-cli.load-kmods = false", "load_kmods", False, id="load-kmods"),
+        pytest.param(
+            "features.no-additional-gids-for-device-nodes = true", "no_additional_gids", True, id="no-additional-gids"
+        ),
         pytest.param("nvidia-container-runtime.debug = '/l'", "log_file", "/l", id="debug"),
         pytest.param("nvidia-container-runtime.log-level = 'error'", "log_level", "error", id="log-level"),
         pytest.param("nvidia-container-runtime.runtimes = ['/x/runc']", "runtimes", ("/x/runc",), id="runtimes"),
@@ -191,9 +197,11 @@ BOOLEANS = (
     "disable-require",
     "accept-nvidia-visible-devices-envvar-when-unprivileged",
     "accept-nvidia-visible-devices-as-volume-mounts",
+    "nvidia-container-cli.load-kmods",
     "nvidia-container-cli.no-cgroups",
     "features.disable-imex-channel-creation",
     "features.ignore-imex-channel-requests",
+    "features.no-additional-gids-for-device-nodes",
 )
 STRINGS = (
     "swarm-resource",
@@ -370,6 +378,16 @@ def test_load_ldconfig_normalised(tmp_path: Path, files: list[str], value: str, 
             "ask for GPUs; set one of them to true",
             id="no-way-to-ask",
         ),
+        pytest.param(
+            "[nvidia-container-cli]\nroot = '/run/nvidia/driver/'\nldcache = '/run/nvidia/driver/etc/ld.so.cache'",
+            "`nvidia-container-cli.ldcache` is looked up below `nvidia-container-cli.root` = `/run/nvidia/driver`, "
+            "and begins with it once more; write `/etc/ld.so.cache`",
+            id="cache-below-the-root-twice",
+        ),
+        pytest.param(
+            "[nvidia-container-cli]\nroot = '/run/nvidia'\nldcache = '/run/nvidia-cache'", "", id="cache-like-the-root"
+        ),
+        pytest.param("nvidia-container-cli.ldcache = '/etc/ld.so.cache'", "", id="cache-without-a-root"),
         pytest.param(
             "supported-driver-capabilities = ''",
             "`supported-driver-capabilities` is empty: no container gets a library of the driver; "

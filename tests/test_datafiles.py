@@ -3,12 +3,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
 import pytest
 
 from nvhook import datafiles
+from nvhook.driver import File
 from nvhook.linux.root import DIRECTORY, Root
 
 V = "580.1.2"
@@ -54,6 +56,9 @@ def place(tmp_path: Path) -> Place:
         ("/usr/share/vulkan/icd.d/nvidia_icd.json", DRAW),
         ("/etc/vulkan/icd.d/nvidia_icd.json", DRAW),
         (f"/usr/share/vulkan/icd.d/nvidia_icd.{MACHINE}.json", DRAW),
+        ("/usr/share/vulkan/icd.d/nvidia_icd.i686.json", DRAW),
+        ("/usr/share/vulkan/icd.d/nvidia_layers.json", DRAW),
+        ("/etc/vulkan/icd.d/nvidia_layers.json", DRAW),
         ("/usr/share/vulkan/implicit_layer.d/nvidia_layers.json", DRAW),
         ("/etc/vulkan/implicit_layer.d/nvidia_layers.json", DRAW),
         ("/usr/share/glvnd/egl_vendor.d/10_nvidia.json", DRAW),
@@ -188,3 +193,108 @@ def test_what_is_no_file(place: Place, kind: str) -> None:
     else:
         path.symlink_to("nowhere")
     assert place.find() == []
+
+
+# JSON that names a place of the host
+
+
+def _found(place: Place) -> dict[str, File]:
+    root = Root(os.open(place.root, DIRECTORY))
+    found = datafiles.find(root, [LIB], V, place.warnings)
+    os.close(root.fd)
+    return {item.destination: item for item in found}
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        pytest.param(
+            {"ICD": {"library_path": "/nix/store/x-nvidia-x11/lib/libGLX_nvidia.so.0", "api_version": "1.4"}},
+            {"ICD": {"library_path": "libGLX_nvidia.so.0", "api_version": "1.4"}},
+            id="icd",
+        ),
+        pytest.param(
+            {"layers": [{"library_path": "/a/lib1.so"}, {"library_path": "lib2.so"}, {"name": "/not/a/library"}]},
+            {"layers": [{"library_path": "lib1.so"}, {"library_path": "lib2.so"}, {"name": "/not/a/library"}]},
+            id="layers",
+        ),
+        pytest.param({"ICD": {"library_path": "../lib/libx.so"}}, {"ICD": {"library_path": "libx.so"}}, id="relative"),
+        pytest.param({"ICD": {"library_path": "libGLX_nvidia.so.0"}}, None, id="by-name"),
+        pytest.param({"ICD": {"library_path": ["/a"]}, "x": "/b/c"}, None, id="no-library"),
+        pytest.param("/a/b", None, id="no-object"),
+    ],
+)
+def test_json_names_libraries_alone(place: Place, content: object, expected: object) -> None:
+    place.file("/usr/share/vulkan/icd.d/nvidia_icd.json", json.dumps(content))
+    (item,) = _found(place).values()
+    assert (json.loads(item.content) if item.content else None) == expected
+    assert item.path == f"{place.root}/usr/share/vulkan/icd.d/nvidia_icd.json"
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ("/nix/store/x-nvidia-x11/lib/libnvidia-opencl.so.1\n", "libnvidia-opencl.so.1\n"),
+        ("libnvidia-opencl.so.1\n", ""),
+        ("\xff/\n", "\n"),
+        ("", ""),
+    ],
+)
+def test_opencl_names_the_library_alone(place: Place, content: str, expected: str) -> None:
+    place.file("/etc/OpenCL/vendors/nvidia.icd", content)
+    assert _found(place)["/etc/OpenCL/vendors/nvidia.icd"].content == expected
+
+
+def test_icd_for_32_bit_programs(place: Place) -> None:
+    for name in ("nvidia_icd.json", f"nvidia_icd.{MACHINE}.json", "nvidia_icd.i686.json"):
+        place.file(f"/usr/share/vulkan/icd.d/{name}")
+    bits = {Path(path).name: item.bits for path, item in _found(place).items()}
+    assert bits == {"nvidia_icd.json": 64, f"nvidia_icd.{MACHINE}.json": 64, "nvidia_icd.i686.json": 32}
+
+
+# Firmware
+
+
+def _firmware(root: Path, *places: str) -> list[str]:
+    for place in places:
+        path = root / place.lstrip("/") / "nvidia" / V / "gsp_ga10x.bin"
+        path.parent.mkdir(parents=True)
+        path.touch()
+    opened = Root(os.open(root, DIRECTORY))
+    found = datafiles.find(opened, [LIB], V, [], datafiles.firmware_directories(str(root), str(root)))
+    os.close(opened.fd)
+    return [f"{item.path.removeprefix(str(root))} {item.destination}" for item in found]
+
+
+@pytest.mark.parametrize(
+    "place",
+    [
+        f"/lib/firmware/updates/{os.uname().release}",
+        "/lib/firmware/updates",
+        f"/lib/firmware/{os.uname().release}",
+        "/lib/firmware",
+    ],
+)
+def test_firmware_where_the_kernel_looks(tmp_path: Path, place: str) -> None:
+    """The nearer place first; in the container it is where every program expects it."""
+    expected = f"nvidia/{V}/gsp_ga10x.bin"
+    found = _firmware(tmp_path, *dict.fromkeys([place, "/lib/firmware"]))
+    assert found == [f"{place}/{expected} /lib/firmware/{expected}"]
+
+
+@pytest.mark.parametrize("form", ["below-the-driver-root", "of-the-kernel"])
+def test_firmware_where_the_administrator_says(tmp_path: Path, form: str) -> None:
+    named = tmp_path / "sys/module/firmware_class/parameters/path"
+    named.parent.mkdir(parents=True)
+    named.write_text("/opt/firmware\n" if form == "of-the-kernel" else f"{tmp_path}/opt/firmware\n")
+    expected = f"nvidia/{V}/gsp_ga10x.bin"
+    found = _firmware(tmp_path, "/lib/firmware", "/opt/firmware")
+    assert found == [f"/opt/firmware/{expected} /lib/firmware/{expected}"]
+
+
+@pytest.mark.parametrize("content", ["", "\n", "relative\n", "/nowhere\n", "\xff\n"])
+def test_firmware_path_that_leads_nowhere(tmp_path: Path, content: str) -> None:
+    named = tmp_path / "sys/module/firmware_class/parameters/path"
+    named.parent.mkdir(parents=True)
+    named.write_bytes(content.encode("latin-1"))
+    assert len(_firmware(tmp_path, "/lib/firmware")) == 1

@@ -26,6 +26,7 @@ SOME = elfwriter.shared_object("libsome.so.1", ["libone.so.1", "libtwo.so.2"], a
 E_TYPE, E_MACHINE, E_PHOFF, E_SHOFF, E_PHENTSIZE, E_PHNUM = 16, 18, 32, 40, 54, 56
 P_OFFSET, P_VADDR, P_FILESZ = 8, 16, 32
 PT_LOAD, PT_DYNAMIC, PT_NOTE = 1, 2, 4
+DT_RPATH, DT_RUNPATH = 15, 29
 
 
 def read(data: bytes) -> elf.Elf | None:
@@ -88,6 +89,7 @@ def test_read_program_of_the_system() -> None:
     assert found is not None
     assert (found.bits, found.machine, found.kind, found.soname) == (64, MACHINE, "executable", None)
     assert any(name.startswith("libc.") for name in found.needed)
+    assert os.path.exists(found.interpreter)
 
 
 def test_read_libc_of_the_system() -> None:
@@ -145,6 +147,35 @@ def test_read_program() -> None:
 
 def test_read_says_nothing() -> None:
     assert fields(read(elfwriter.shared_object(None, []))) == (64, "x86-64", "shared", None, (), None)
+
+
+@pytest.mark.parametrize(
+    ("tags", "expected"),
+    [
+        pytest.param((), (), id="none"),
+        pytest.param((DT_RUNPATH,), ("libone.so.1",), id="runpath"),
+        pytest.param((DT_RPATH,), ("libone.so.1",), id="rpath"),
+        pytest.param((DT_RPATH, DT_RUNPATH), ("libtwo.so.2",), id="runpath-goes-before-rpath"),
+    ],
+)
+def test_read_search_path(tags: tuple[int, ...], expected: tuple[str, ...]) -> None:
+    """With the names of two libraries in the place of paths."""
+    data = bytearray(SOME)
+    (offset,) = struct.unpack_from("<Q", data, segment(PT_DYNAMIC) + P_OFFSET)
+    for number, tag in enumerate(tags):
+        struct.pack_into("<q", data, offset + 16 * number, tag)
+    found = read(bytes(data))
+    assert found is not None
+    assert found.search == expected
+
+
+def test_read_interpreter() -> None:
+    found = read(elfwriter.program(["libc.so.6"]))
+    assert found is not None
+    assert found.interpreter == "/lib64/ld-linux-x86-64.so.2"
+    library = read(elfwriter.shared_object("liba.so.1", []))
+    assert library is not None
+    assert library.interpreter == ""
 
 
 def test_read_without_section_headers() -> None:

@@ -308,4 +308,19 @@ def test_select_on_a_host_without_gpus() -> None:
     ],
 )
 def test_brands(models: list[str], expected: set[str]) -> None:
-    assert gpus.brands([Gpu(0, 0, "", "", model) for model in models]) == expected
+    assert gpus.Selection([Gpu(0, 0, "", "", model) for model in models], []).brands() == expected
+
+
+WSL = Gpus("nv_dispi.inf_amd64", [], {}, (0, 0, 0o666), dxg=(10, 125))
+
+
+@pytest.mark.parametrize("devices", [("all",), ("none",)])
+def test_select_on_wsl(devices: tuple[str, ...]) -> None:
+    chosen = gpus.select(devices, WSL, _not_asked)
+    assert (chosen.gpus, chosen.migs) == ([], [])
+
+
+@pytest.mark.parametrize("devices", [("0",), ("GPU-1", "all"), ("MIG-1",)])
+def test_select_on_wsl_one_alone(devices: tuple[str, ...]) -> None:
+    with pytest.raises(DeviceError, match=f"`{devices[0]}` is asked for, and on WSL 2 .*; ask for `all`"):
+        gpus.select(devices, WSL, _not_asked)

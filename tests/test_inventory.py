@@ -109,21 +109,22 @@ def _names(found: Driver) -> list[str]:
 
 def _record(found: Driver) -> Any:
     libraries = [
-        (item.path, item.name, item.soname, item.bits, item.needed, item.capabilities) for item in found.libraries
+        (item.path, item.name, item.soname, item.bits, item.needed, item.capabilities, item.directory)
+        for item in found.libraries
     ]
-    binaries = [(item.path, item.name, item.capability) for item in found.binaries]
+    binaries = [(item.path, item.name, item.capability, *item.directories) for item in found.binaries]
     return (
         found.version,
         libraries,
         binaries,
-        [(item.path, item.destination, item.capabilities) for item in found.files],
+        [(item.path, item.destination, item.capabilities, item.bits) for item in found.files],
     )
 
 
 def _is_cached(place: Place, version: str = V) -> bool:
     """Whether the next load believes the inventory: told from a mark that only that file has."""
     inventory = json.loads(place.inventory.read_text())
-    inventory["binaries"] = [{"path": "/mark", "name": "mark", "capability": "utility"}]
+    inventory["binaries"] = [{"path": "/mark", "name": "mark", "capability": "utility", "directories": []}]
     place.inventory.write_text(json.dumps(inventory))
     return [item.name for item in place.load(version).binaries] == ["mark"]
 
@@ -136,8 +137,8 @@ def test_discover_whole(place: Place) -> None:
     expected: Any = (
         V,
         [
-            (f"{lib}/libcuda.so.{V}", f"libcuda.so.{V}", "libcuda.so.1", 64, (), ("compute", "video")),
-            (f"{lib}/libnvidia-ml.so.{V}", f"libnvidia-ml.so.{V}", "libnvidia-ml.so.1", 64, (), ("utility",)),
+            (f"{lib}/libcuda.so.{V}", f"libcuda.so.{V}", "libcuda.so.1", 64, (), ("compute", "video"), ""),
+            (f"{lib}/libnvidia-ml.so.{V}", f"libnvidia-ml.so.{V}", "libnvidia-ml.so.1", 64, (), ("utility",), ""),
         ],
         [(f"{place.root}/usr/bin/nvidia-smi", "nvidia-smi", "utility")],
         [],
@@ -252,6 +253,14 @@ def test_discover_library_with_a_version_of_its_own(place: Place) -> None:
     ]
 
 
+def test_discover_compiler_with_a_version_of_its_own(place: Place) -> None:
+    """libnvidia-nvvm70.so.4 is the file itself."""
+    (place.root / LIB / "libnvidia-nvvm70.so.4").write_bytes(
+        elfwriter.shared_object("libnvidia-nvvm70.so.4", [], machine=NATIVE)
+    )
+    assert _names(place.load()) == ["libcuda.so.580.1.2", "libnvidia-ml.so.580.1.2", "libnvidia-nvvm70.so.4"]
+
+
 def test_discover_soname_that_is_a_hard_link(place: Place) -> None:
     """The other name comes first in the directory and is not of the driver's version; the file still is."""
     path = place.library("libnvidia-encode")
@@ -334,6 +343,33 @@ def test_discover_programs(place: Place) -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    ("libraries", "programs"),
+    [
+        pytest.param(LIB, "usr/bin", id="debian-ubuntu"),
+        pytest.param(f"{LIB}/nvidia/current", "usr/lib/nvidia/current", id="debian-alternatives"),
+        pytest.param("usr/lib64", "usr/bin", id="fedora-suse"),
+        pytest.param("usr/lib", "usr/bin", id="arch"),
+        pytest.param("usr/local/nvidia/lib64", "usr/local/nvidia/bin", id="by-hand"),
+        pytest.param("lib64", "bin", id="gke-with-its-directory-as-driver-root"),
+        pytest.param("usr/local/glibc/usr/lib", "usr/local/bin", id="talos"),
+        pytest.param("opt/nvidia/lib64", "opt/nvidia/bin", id="opt"),
+        pytest.param("run/opengl-driver/lib", "run/current-system/sw/bin", id="nixos"),
+    ],
+)
+def test_discover_layouts(tmp_path: Path, libraries: str, programs: str) -> None:
+    """Without a linker cache, which not every host has."""
+    place = Place(tmp_path)
+    found = [place.library(name, at=libraries) for name in ("libcuda", "libnvidia-ml")]
+    program = place.root / programs / "nvidia-smi"
+    program.parent.mkdir(parents=True, exist_ok=True)
+    program.write_bytes(elfwriter.program(["libc.so.6"], machine=NATIVE))
+    program.chmod(0o755)
+    driver = place.load()
+    assert [item.path for item in driver.libraries] == [str(path) for path in found]
+    assert [item.path for item in driver.binaries] == [str(program)]
+
+
 # The inventory
 
 
@@ -358,6 +394,50 @@ def test_inventory_leaves_out_damaged_json_with_a_warning(place: Place) -> None:
     assert inventory.load(place.config, V, warnings).files == []
     assert [f"leave out `{broken}`: not JSON"] == [line.rpartition(": Expecting")[0] for line in warnings]
     assert place.load().files == []
+
+
+def _nix(place: Place) -> Path:
+    icd = place.root / "usr/share/vulkan/icd.d/nvidia_icd.i686.json"
+    icd.parent.mkdir(parents=True)
+    icd.write_text('{"ICD": {"library_path": "/nix/store/x/lib/libGLX_nvidia.so.0"}}')
+    return icd
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o077])
+def test_inventory_keeps_json_for_containers(place: Place, umask: int) -> None:
+    """Readable for whoever reads it in the container, and made again with the inventory."""
+    _nix(place)
+    former = os.umask(umask)
+    try:
+        first = place.load()
+    finally:
+        os.umask(former)
+    (item,) = first.files
+    kept = place.state / "files/usr-share-vulkan-icd.d-nvidia_icd.i686.json"
+    assert (item.path, item.bits) == (str(kept), 32)
+    assert json.loads(kept.read_text()) == {"ICD": {"library_path": "libGLX_nvidia.so.0"}}
+    assert kept.stat().st_mode & 0o777 == 0o644
+    assert os.listdir(place.state / "files") == [kept.name]
+    kept.unlink()
+    assert _record(first) == _record(place.load())
+    assert not kept.exists()
+    assert _record(first) == _record(place.load(again=True))
+    assert kept.exists()
+
+
+def test_inventory_that_is_not_kept_names_json_for_containers(place: Place) -> None:
+    """`nvhook plan` says what a start would do, and touches nothing."""
+    _nix(place)
+    assert [item.path for item in place.load(keep=False).files] == [item.path for item in place.load().files]
+
+
+def test_inventory_no_place_for_json_for_containers(place: Place) -> None:
+    icd = _nix(place)
+    place.state.touch()
+    warnings: list[str] = []
+    found = inventory.load(place.config, V, warnings)
+    assert [item.path for item in found.files] == [str(icd)]
+    assert len(warnings) == 1
 
 
 def test_inventory_made_again_on_demand(place: Place) -> None:

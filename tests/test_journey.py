@@ -19,7 +19,7 @@ import pytest
 
 import containers
 from containers import HOOK, TRIPLET, TRY, Bundle, Workshop, gpu_lines, tree
-from simhost import elfwriter
+from simhost import description, elfwriter
 from simhost.compiler import Compiler
 
 pytestmark = pytest.mark.root
@@ -370,25 +370,112 @@ def _is_there(edit: dict[str, str]) -> str:
 
 
 @needs_x86
-@pytest.mark.parametrize("family", ["debian", "fedora"])
-def test_workstation_whole(shop: Workshop, hierarchy: tuple[str, ...], family: str) -> None:
+@pytest.mark.parametrize(
+    ("host", "family"),
+    [
+        (WORKSTATION, "debian"),
+        (WORKSTATION, "fedora"),
+        ("fedora42", "fedora"),
+        ("fedora42", "debian"),
+        ("nixos", "debian"),
+        ("nixos", "fedora"),
+    ],
+)
+def test_host_whole(shop: Workshop, hierarchy: tuple[str, ...], host: str, family: str) -> None:
     """Every line of the plan is true in the container, and nothing is left of it."""
     bundle = shop.bundle(family)
     bundle.through = hierarchy
     words = [word for name, value in DRAWS.items() for word in ("--env", f"{name}={value}")]
     planned = subprocess.run(
         [str(containers.REPOSITORY / "scripts/nvhook"), "plan", "--json", "--rootfs", str(bundle.rootfs), *words],
-        env={**os.environ, "NVHOOK_CONFIG": str(shop.config(WORKSTATION))},
+        env={**os.environ, "NVHOOK_CONFIG": str(shop.config(host))},
         check=True,
         capture_output=True,
         text=True,
     )
     edits = json.loads(planned.stdout)["edits"]
-    assert len(edits) > 100
+    assert len(edits) > 90
     before = tree(bundle.rootfs)
-    shown = start(bundle, shop.config(WORKSTATION), "\n".join([*map(_is_there, edits), "nvidia-smi -L"]), DRAWS)
-    assert gpu_lines(WORKSTATION, 0) == shown
+    shown = start(bundle, shop.config(host), "\n".join([*map(_is_there, edits), "nvidia-smi -L"]), DRAWS)
+    assert gpu_lines(host, 0) == shown
     assert before == tree(bundle.rootfs)
+
+
+def test_json_of_nixos_names_libraries_that_the_linker_finds(shop: Workshop) -> None:
+    """In the store of the host, which the container has not, they would be found nowhere."""
+    script = """
+        for file in /usr/share/vulkan/*/*.json /usr/share/glvnd/*/*.json /usr/share/egl/*/*.json; do
+            library=$(sed -n 's/.*"library_path": "\\(.*\\)".*/\\1/p' "$file")
+            ldconfig -p | grep -qF "$library " && echo "$library"
+        done; cat /etc/OpenCL/vendors/nvidia.icd"""
+    bundle = shop.bundle()
+    (bundle.rootfs / "usr/bin/sed").symlink_to("busybox")
+    shown = start(bundle, shop.config("nixos"), script, DRAWS).split()
+    names = ["libGLX_nvidia.so.0"] * 3 + ["libEGL_nvidia.so.0", "libnvidia-egl-wayland.so.1", "libnvidia-egl-gbm.so.1"]
+    assert shown == [*names, "libnvidia-opencl.so.1"]
+
+
+GLIBC = "/nix/store/q7w1h9mz4kxv2ds0yp5rbn3clf8jg6ia-glibc-2.40-66/lib"
+
+
+@needs_x86
+@pytest.mark.parametrize("family", ["debian", "busybox"])
+def test_program_of_nixos_starts(shop: Workshop, family: str) -> None:
+    """Its dynamic linker and its libraries are where it was built with them, whatever the image has."""
+    host, config = shop.copy_of("nixos")
+    store = host / "driver/nix/store"
+    (store / GLIBC.removeprefix("/nix/store/")).mkdir(parents=True)
+    donor = shop.bundle("debian").rootfs
+    for path in [*(donor / LIBRARIES).glob("lib*.so.*"), donor / "usr/lib64/ld-linux-x86-64.so.2"]:
+        shutil.copy(path, f"{host}/driver{GLIBC}/")
+    (program,) = store.glob("*-bin/bin/nvidia-smi")
+    (libraries,) = store.glob("*-nvidia-x11-570.153.02-6.12.30/lib")
+    search = f"{str(libraries).removeprefix(f'{host}/driver')}:{GLIBC}:/nix/store/gone/lib:$ORIGIN"
+    elf = {"soname": None, "needed": ["libpthread.so.0", "libm.so.6", "libdl.so.2", "librt.so.1", "libc.so.6"]}
+    flags = f"-Wl,--dynamic-linker={GLIBC}/ld-linux-x86-64.so.2", f"-Wl,--enable-new-dtags,-rpath,{search}"
+    with Compiler(description.load(containers.REPOSITORY / "tests/hosts/nixos.json")) as compiler:
+        compiler.program("nvidia_smi.c", elf, str(program), *flags)
+    bundle = shop.bundle(family)
+    before = tree(bundle.rootfs)
+    assert gpu_lines("nixos", 0) == start(bundle, config, "nvidia-smi -L", ALL)
+    assert before == tree(bundle.rootfs)
+
+
+STORE = "/usr/lib/wsl/drivers/nv_dispi.inf_amd64_0afec3f2050014a0"
+
+
+@pytest.mark.parametrize("family", ["debian", "fedora"])
+@pytest.mark.parametrize("capabilities", ["compute,utility", "all"])
+def test_wsl(shop: Workshop, hierarchy: tuple[str, ...], family: str, capabilities: str) -> None:
+    """The driver store is where it was, the linker finds it, and nvidia-smi goes through the one node."""
+    bundle = shop.bundle(family)
+    bundle.through = hierarchy
+    script = f"""{TRY} nvidia-smi -L
+        ldconfig -p | grep -E 'libcuda.so.1|libdxcore|libnvidia-ml.so.1'
+        readlink -f {STORE}/libcuda.so; ls /dev | grep -e nvidia -e dxg; ls /proc/driver/nvidia 2>/dev/null || :
+        mknod /dev/other c 10 124; try /dev/other"""
+    before = tree(bundle.rootfs)
+    shown = start(bundle, shop.config("wsl2"), script, {**ALL, "NVIDIA_DRIVER_CAPABILITIES": capabilities})
+    first, *lines = shown.splitlines()
+    assert f"{first}\n" == gpu_lines("wsl2", 0)
+    assert lines == [
+        f"\tlibnvidia-ml.so.1 (libc6,x86-64) => {STORE}/libnvidia-ml.so.1",
+        "\tlibdxcore.so (libc6,x86-64) => /usr/lib/wsl/lib/libdxcore.so",
+        f"\tlibcuda.so.1 (libc6,x86-64) => {STORE}/libcuda.so.1",
+        f"{STORE}/libcuda.so.1.1",
+        "dxg",
+        "/dev/other denied",
+    ]
+    assert before == tree(bundle.rootfs)
+
+
+def test_wsl_with_the_hook_alone(shop: Workshop, hierarchy: tuple[str, ...]) -> None:
+    bundle = shop.bundle()
+    bundle.through = hierarchy
+    put_hook(bundle, "--config", str(shop.config("wsl2")))
+    bundle.write(["/usr/bin/nvidia-smi", "-L"], ALL)
+    result = bundle.run(None, wrapper=Path("runc"))
+    assert (result.returncode, result.stdout, result.stderr) == (0, gpu_lines("wsl2", 0), "")
 
 
 def test_dri_nodes_of_the_gpu_alone(shop: Workshop, hierarchy: tuple[str, ...]) -> None:
@@ -706,6 +793,141 @@ def test_compatibility_libraries_that_are_none(shop: Workshop, asking: Path, tra
         library.symlink_to("/dev/zero" if trap == "to-zero" else "nowhere")
         (place / "libcuda.so.1").symlink_to(library.name)
     assert start(bundle, shop.config(A100), asking.name, ALL) == "12040\n"
+
+
+# What the host makes on demand
+
+
+def not_yet_loaded(host: Path, place: Path, *, modprobe: str) -> tuple[str, ...]:
+    """For `Bundle.through`: this machine with the simulated host's /proc/driver, and a kernel that lacks nvidia-uvm.
+
+    All of it is in a mount namespace of its own: /dev is another one, and in the place of modprobe is a script.
+    """
+    place.mkdir()
+    shutil.copy(host / "proc/devices", place / "whole")
+    (place / "devices").write_text(re.sub(r" *\d+ nvidia-uvm\n", "", (place / "whole").read_text()))
+    (place / "script").write_text(f"#!/bin/sh\n{modprobe.format(place=place)}\n")
+    (place / "script").chmod(0o755)
+    named = Path("/proc/sys/kernel/modprobe")
+    program = (named.read_text().strip() if named.exists() else "") or "/sbin/modprobe"
+    hidden = Path(program)
+    mounts = f"""
+        mount -t tmpfs tmpfs /proc/driver
+        cp -a {host}/proc/driver/nvidia /proc/driver/
+        mount --bind {place}/devices /proc/devices
+        mkdir {place}/dev
+        mount -t tmpfs -o mode=755 tmpfs {place}/dev
+        for node in null zero full random urandom tty; do cp -a /dev/$node {place}/dev/; done
+        mkdir {place}/dev/pts {place}/dev/shm
+        mount --move {place}/dev /dev
+    """
+    if hidden.exists():
+        mounts += f"mount --bind {place}/script {hidden.resolve()}\n"
+    else:
+        mounts += f"mount -t overlay -o lowerdir={place}/bin:{hidden.parent} overlay {hidden.parent}\n"
+        (place / "bin").mkdir()
+        shutil.copy(place / "script", place / "bin" / hidden.name)
+    return containers.own_mounts(mounts)
+
+
+LOADS = 'echo "$@" >>{place}/asked; cat {place}/whole >/proc/devices'
+
+
+def real_roots(shop: Workshop, host: Path, *, load_kmods: bool) -> Path:
+    """config.toml with the driver of the simulated host, and /dev and /proc of this machine."""
+    path = containers.configure(host, shop.new("config.toml"), shop.new("state"))
+    text = path.read_text().replace(f'dev-root = "{host}"\nproc-root = "{host}"\n', "")
+    kept = f'root = "{host}/driver"\n'
+    path.write_text(text.replace(kept, f"{kept}load-kmods = {str(load_kmods).lower()}\n"))
+    return path
+
+
+@pytest.mark.parametrize("form", ["wrapper", "hook-alone"])
+def test_module_is_loaded_and_nodes_are_made(shop: Workshop, hierarchy: tuple[str, ...], form: str) -> None:
+    """Once, before the container starts; the nodes on the host are as in the container."""
+    host, place = shop.simhost(A100), shop.new("kernel")
+    config = real_roots(shop, host, load_kmods=True)
+    bundle = shop.bundle().write(LIST, ALL)
+    after = f"""status=0; "$@" || status=$?
+        (cd /dev; stat -c '%n %a %t:%T' nvidia*) >{shop.place}/{place.name}.nodes; exit $status"""
+    bundle.through = (*hierarchy, *not_yet_loaded(host, place, modprobe=LOADS), "sh", "-c", after, "-")
+    if form == "wrapper":
+        result = bundle.run(config)
+    else:
+        put_hook(bundle, "--config", str(config))
+        bundle.write()
+        result = bundle.run(None, wrapper=Path("runc"))
+    assert (result.returncode, result.stdout) == (0, gpu_lines(A100, 0, 1)), result.stderr
+    assert (place / "asked").read_text() == "nvidia-uvm\n"
+    assert (shop.place / f"{place.name}.nodes").read_text().splitlines() == [
+        "nvidia-uvm 666 1ff:0",
+        "nvidia-uvm-tools 666 1ff:1",
+        "nvidia0 666 c3:0",
+        "nvidia1 666 c3:1",
+        "nvidiactl 666 c3:ff",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("load_kmods", "modprobe", "message"),
+    [
+        pytest.param(
+            True,
+            "echo 'modprobe: FATAL: Module nvidia-uvm not found.' >&2; exit 1",
+            "the nvidia-uvm kernel module is not loaded, and cannot be: modprobe: FATAL: Module nvidia-uvm not found.",
+            id="cannot-be-loaded",
+        ),
+        pytest.param(
+            True,
+            "exit 0",
+            "compute or video is asked for and the nvidia-uvm kernel module is not loaded; load it with",
+            id="loaded-and-not-there",
+        ),
+        pytest.param(
+            False,
+            LOADS,
+            "compute or video is asked for and the nvidia-uvm kernel module is not loaded; load it with",
+            id="not-wanted",
+        ),
+    ],
+)
+def test_module_that_is_not_there(shop: Workshop, load_kmods: bool, modprobe: str, message: str) -> None:
+    host, place = shop.simhost(A100), shop.new("kernel")
+    bundle = shop.bundle().write(LIST, ALL)
+    bundle.through = (*bundle.through, *not_yet_loaded(host, place, modprobe=modprobe))
+    result = bundle.run(real_roots(shop, host, load_kmods=load_kmods))
+    assert (result.returncode, result.stdout) == (1, "")
+    (line,) = result.stderr.splitlines()
+    assert line.startswith(f"nvidia-container-runtime: device error: {message}")
+    assert not (place / "asked").exists()
+
+
+def test_nodes_for_a_user_namespace(shop: Workshop) -> None:
+    """They cannot be made in the container, and the host has none to bind: they are made there first."""
+    host, config = shop.copy_of(A100)
+    shutil.rmtree(host / "dev")
+    (host / "dev").mkdir()
+    bundle = shop.bundle()
+    into_user_namespace(bundle)
+    assert gpu_lines(A100, 0, 1) == start(bundle, config, "nvidia-smi -L", ALL)
+    assert sorted(os.listdir(host / "dev")) == ["nvidia-uvm", "nvidia-uvm-tools", "nvidia0", "nvidia1", "nvidiactl"]
+
+
+@pytest.mark.parametrize("wanted", [True, False], ids=["given", "not-given"])
+def test_group_of_a_node_for_a_user(shop: Workshop, wanted: bool) -> None:
+    """Who is not root gets through the node's own permissions, without being named in the image's /etc/group."""
+    host, config = shop.copy_of(WORKSTATION)
+    for node in (host / "dev/dri").iterdir():
+        os.chown(node, 0, 4711)
+    if not wanted:
+        config.write_text(f"features.no-additional-gids-for-device-nodes = true\n{config.read_text()}")
+    bundle = shop.bundle()
+    bundle.config["process"]["user"] = {"uid": 1000, "gid": 1000}
+    script = "id -G; stat -c '%a %g' /dev/dri/renderD129; exec 3<>/dev/dri/renderD129"
+    bundle.write(["/bin/sh", "-c", script], {**ALL, "NVIDIA_DRIVER_CAPABILITIES": "graphics"})
+    result = bundle.run(config)
+    assert result.stdout == f"1000{' 4711' if wanted else ''}\n660 4711\n"
+    assert ("Permission denied" in result.stderr) != wanted
 
 
 # How engines start it

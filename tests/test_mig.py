@@ -18,7 +18,9 @@ FIRST = Gpu(0, 2, "GPU-aa", "0000:07:00.0", "")
 SECOND = Gpu(1, 0, "GPU-bb", "0000:0f:00.0", "")
 EMPTY = Gpu(2, 1, "GPU-cc", "0000:47:00.0", "")
 WHOLE = Gpu(3, 3, "GPU-dd", "0000:4e:00.0", "")
-HOST = Gpus("580.1.2", [FIRST, SECOND, EMPTY, WHOLE], {}, (0, 0, 0o666), {2: [(7, 0), (1, 0), (1, 1)], 0: [(0, 0)]})
+HOST = Gpus(
+    "580.1.2", [FIRST, SECOND, EMPTY, WHOLE], {}, (0, 0, 0o666), instances={2: [(7, 0), (1, 0), (1, 1)], 0: [(0, 0)]}
+)
 GPUS = "0 (GPU-aa, 0000:07:00.0), 1 (GPU-bb, 0000:0f:00.0), 2 (GPU-cc, 0000:47:00.0), 3 (GPU-dd, 0000:4e:00.0)"
 MIGS = "0:0 (MIG-7a), 0:1 (MIG-1a), 0:2 (MIG-1b), 1:0 (MIG-1a2)"
 
@@ -164,7 +166,7 @@ def test_select_uuid_on_a_host_without_mig_does_not_ask_nvml() -> None:
 
 
 def test_select_leaves_out_what_nvml_knows_of_a_gpu_that_proc_does_not_show() -> None:
-    host = Gpus("580.1.2", [SECOND], {}, (0, 0, 0o666), {0: [(0, 0)]})
+    host = Gpus("580.1.2", [SECOND], {}, (0, 0, 0o666), instances={0: [(0, 0)]})
     assert _select("MIG-1", host=host) == ([1], [(1, 0, 0)])
 
 

@@ -98,6 +98,9 @@ def test_description_follows_schema(path: Path) -> None:
 def test_description_agrees_with_itself(path: Path) -> None:
     """The kernel's view in /proc, the nodes, the files and the linker cache must be those of one host."""
     host = json.loads(path.read_text())
+    if any(node["path"] == "/dev/dxg" for node in host["device_nodes"]):
+        assert not [name for name in host["proc"] if "nvidia" in name], "on WSL 2 the kernel knows nothing of NVIDIA"
+        return
     information = [text for name, text in host["proc"].items() if name.endswith("/information")]
     shown = {
         (re.search(r"GPU UUID: \t (\S+)", text)[1], int(re.search(r"Device Minor: \t (\d+)", text)[1]))  # type: ignore[index]
@@ -229,7 +232,7 @@ def test_elf_ldconfig_agrees(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("path", HOSTS, ids=IDS)
 def test_cache_ldconfig_agrees(path: Path, tmp_path: Path) -> None:
-    entries = json.loads(path.read_text())["linker_cache"]
+    entries = json.loads(path.read_text()).get("linker_cache", [])  # NixOS has none
     (tmp_path / "cache").write_bytes(cachewriter.cache(entries))
     count, *lines = _run(_tool("ldconfig"), "-p", "-C", tmp_path / "cache", LC_ALL="C").stdout.splitlines()
     expected = [f"\t{entry['name']} ({entry['flags']}) => {entry['path']}" for entry in entries]
@@ -288,7 +291,7 @@ def test_build_is_sparse(built: dict[str, Path]) -> None:
     blocks = sum(
         os.lstat(path).st_blocks for host in built.values() for path in glob.glob(f"{host}/**", recursive=True)
     )
-    assert blocks * 512 < 8 << 20
+    assert blocks * 512 < len(built) << 20
 
 
 @pytest.mark.root
@@ -337,7 +340,7 @@ def test_nvidia_smi_lists_gpus(name: str, built: dict[str, Path]) -> None:
 
 
 def _machine(name: str) -> str:
-    (entry,) = (entry for entry in _host(name)["files"] if entry["path"].endswith("/nvidia-smi") and "elf" in entry)
+    entry = next(entry for entry in _host(name)["files"] if entry["path"].endswith("/nvidia-smi") and "elf" in entry)
     return str(entry["elf"].get("machine", "x86-64"))
 
 

@@ -445,6 +445,50 @@ def test_create_without_cgroups(place: Place) -> None:
     assert "linux" not in place.create()
 
 
+@pytest.mark.parametrize(
+    ("params", "user", "expected"),
+    [
+        pytest.param("DeviceFileGID: 44\nDeviceFileMode: 432", None, [44], id="0660"),
+        pytest.param("DeviceFileGID: 44\nDeviceFileMode: 436", None, [44], id="0664-cannot-be-written"),
+        pytest.param("DeviceFileGID: 44\nDeviceFileMode: 434", None, [44], id="0662-cannot-be-read"),
+        pytest.param("DeviceFileGID: 44\nDeviceFileMode: 438", None, None, id="0666-is-for-all"),
+        pytest.param("DeviceFileGID: 0\nDeviceFileMode: 432", None, None, id="of-root"),
+        pytest.param(
+            "DeviceFileGID: 44\nDeviceFileMode: 432", {"uid": 5, "additionalGids": [7]}, [7, 44], id="behind-others"
+        ),
+        pytest.param("DeviceFileGID: 44\nDeviceFileMode: 432", {"additionalGids": [44, 1]}, [44, 1], id="once"),
+        pytest.param("DeviceFileGID: 44\nDeviceFileMode: 432", {"additionalGids": None}, [44], id="of-nothing"),
+    ],
+)
+@pytest.mark.root
+def test_create_groups_of_nodes(
+    place: Place, params: str, user: dict[str, Any] | None, expected: list[int] | None
+) -> None:
+    (place.directory / "proc/driver/nvidia/params").write_text(f"{params}\n")
+    place.write(env=ALL)
+    if user is not None:
+        document = json.loads(place.spec.read_text())
+        document["process"]["user"] = user
+        place.write(document)
+    found = place.create()["process"].get("user")
+    assert found == ({**(user or {}), "additionalGids": expected} if expected else user)
+
+
+@pytest.mark.root
+@pytest.mark.parametrize(
+    ("text", "linux"),
+    [
+        pytest.param("features.no-additional-gids-for-device-nodes = true", {}, id="not-wanted"),
+        pytest.param("", {"namespaces": [{"type": "pid"}, {"type": "user"}]}, id="other-groups-in-a-user-namespace"),
+    ],
+)
+def test_create_no_groups(place: Place, text: str, linux: dict[str, Any]) -> None:
+    (place.directory / "proc/driver/nvidia/params").write_text("DeviceFileGID: 44\nDeviceFileMode: 432\n")
+    place.configure(text)
+    place.write(env=ALL, linux=linux)
+    assert "user" not in place.create()["process"]
+
+
 def test_hook_without_configuration() -> None:
     """Nothing is named to the hook, which then takes its own default."""
     document: dict[str, Any] = {}

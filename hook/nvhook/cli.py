@@ -16,7 +16,7 @@ from . import (
     container,
     dri,
     features,
-    gpus,
+    host,
     inventory,
     plan,
     procfs,
@@ -109,21 +109,21 @@ def _plan(options: argparse.Namespace, config: Config, warnings: list[str]) -> N
         document: dict[str, object] = {"request": None, "driver": None, "gpus": [], "edits": []}
         _print(document, [], as_json=options.json)
         return
-    host = gpus.read(config.proc_root)
-    chosen = selection.choose(config, asked, host, warnings, keep=False)
-    found = inventory.load(config, host.driver_version, warnings, keep=False)
+    gpus = host.read(config, asked, warnings, modprobe="")  # nothing is touched
+    chosen = selection.choose(config, asked, gpus, warnings, keep=False)
+    found = inventory.load(config, gpus.driver_version, warnings, keep=False)
     root = _root(described.rootfs)
     edits = plan.make(
         asked,
         chosen.gpus,
-        host,
+        gpus,
         found,
         container.layout(root),
         dri_nodes=dri.find(config, asked, chosen.gpus),
         sockets=sockets.find(config.driver_root),
         proc=procfs.read(config.proc_root),
-        extras=[caps.find(config, asked, chosen, host), features.find(config, asked, warnings)],
-        compat=compat.find(config, asked, root, host.driver_version, lambda: gpus.brands(chosen.gpus), warnings),
+        extras=[caps.find(config, asked, chosen, gpus), features.find(config, asked, warnings)],
+        compat=compat.find(config, asked, root, gpus.driver_version, chosen.brands, warnings),
     )
     document = {
         "request": asked.describe(),

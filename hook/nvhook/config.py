@@ -25,6 +25,7 @@ _KEYS: dict[str, object] = {
     "nvidia-container-cli.root": "",
     "nvidia-container-cli.ldcache": "",
     "nvidia-container-cli.ldconfig": "@/sbin/ldconfig",
+    "nvidia-container-cli.load-kmods": True,
     "nvidia-container-cli.no-cgroups": False,
     "nvidia-container-cli.user": "",
     "nvidia-container-runtime.debug": "/dev/null",
@@ -35,6 +36,7 @@ _KEYS: dict[str, object] = {
     "features.ignore-imex-channel-requests": False,
     "nvidia-container-runtime.modes.legacy.cuda-compat-mode": "ldconfig",
     "features.disable-cuda-compat-lib-hook": False,
+    "features.no-additional-gids-for-device-nodes": False,
     "nvhook.dev-root": "/",
     "nvhook.proc-root": "/",
     "nvhook.state-dir": "/run/nvhook",
@@ -45,7 +47,6 @@ _WITHOUT_EFFECT: dict[str, tuple[object, ...]] = {
     "nvidia-container-cli.path": ("", "/usr/bin/nvidia-container-cli"),
     "nvidia-container-cli.environment": ([],),
     "nvidia-container-cli.debug": ("", "/dev/null"),
-    "nvidia-container-cli.load-kmods": (False, True),
     "nvidia-container-cli.no-pivot": (False,),
     "nvidia-container-runtime.modes.csv.mount-spec-path": ("/etc/nvidia-container-runtime/host-files-for-container.d",),
     "nvidia-container-runtime.modes.csv.compat-container-root": ("",),
@@ -64,13 +65,13 @@ _WITHOUT_EFFECT: dict[str, tuple[object, ...]] = {
     "features.allow-cuda-compat-libs-from-container": (False,),
     "features.allow-ldconfig-from-container": (False,),
     "features.allow-unknown-oci-spec-fields": (False, True),
-    "features.no-additional-gids-for-device-nodes": (False, True),
 }
 
 _MODE = "nvidia-container-runtime.mode"
 _COMPAT_MODE = "nvidia-container-runtime.modes.legacy.cuda-compat-mode"
 _ENVVAR = "accept-nvidia-visible-devices-envvar-when-unprivileged"
 _MOUNTS = "accept-nvidia-visible-devices-as-volume-mounts"
+_LDCACHE = "nvidia-container-cli.ldcache"
 _MODES = ("auto", "legacy", "cdi", "jit-cdi", "csv")
 _COMPAT_MODES = ("disabled", "hook", "ldconfig", "mount")
 _LOG_LEVELS = ("trace", "debug", "info", "warning", "warn", "error", "fatal", "panic")
@@ -90,8 +91,10 @@ class Config:
         "imex_channels_of_host_only",
         "ldcache",
         "ldconfig",
+        "load_kmods",
         "log_file",
         "log_level",
+        "no_additional_gids",
         "no_cgroups",
         "path",
         "proc_root",
@@ -114,6 +117,8 @@ class Config:
         self.driver_root = str(values["nvidia-container-cli.root"]) or "/"
         self.ldcache = str(values["nvidia-container-cli.ldcache"]) or "/etc/ld.so.cache"
         self.ldconfig = _ldconfig(str(values["nvidia-container-cli.ldconfig"]), path)
+        self.load_kmods = bool(values["nvidia-container-cli.load-kmods"])
+        self.no_additional_gids = bool(values["features.no-additional-gids-for-device-nodes"])
         self.no_cgroups = bool(values["nvidia-container-cli.no-cgroups"])
         self.user = _user(str(values["nvidia-container-cli.user"]), path)
         self.log_file = str(values["nvidia-container-runtime.debug"])
@@ -198,6 +203,10 @@ def remarks(items: list[tuple[str, object]], values: dict[str, object]) -> list[
             f"`{_ENVVAR}` is false and so is `{_MOUNTS}`: only by annotation can an unprivileged container ask for GPUs"
         )
         found.append((_ENVVAR, f"{text}; set one of them to true"))
+    root, cache = str(values["nvidia-container-cli.root"]).rstrip("/"), str(values[_LDCACHE])
+    if root and f"{cache}/".startswith(f"{root}/"):
+        text = f"`{_LDCACHE}` is looked up below `nvidia-container-cli.root` = `{root}`, and begins with it once more"
+        found.append((_LDCACHE, f"{text}; write `{cache[len(root) :]}`"))
     if not _names(values["supported-driver-capabilities"]):
         text = "`supported-driver-capabilities` is empty: no container gets a library of the driver"
         found.append(("supported-driver-capabilities", f'{text}; name some, or write "all"'))

@@ -10,11 +10,9 @@ from __future__ import annotations
 import os
 
 from .errors import ContainerError, reason
-from .linux import kernel, mountinfo
+from .linux import kernel, mountinfo, userns
 from .linux.root import DIRECTORY, Root
 from .spec import Spec, State
-
-_FULL_MAP = "0 0 4294967295"
 
 
 class Layout:
@@ -138,8 +136,7 @@ def _open(state: State, rootfs: str, proc: int) -> Container:
     above = Root(os.open("root", DIRECTORY, dir_fd=proc))
     root = Root(above.open(rootfs, DIRECTORY))
     os.close(above.fd)
-    with open("/proc/self/uid_map", encoding="ascii") as file:
-        rootless = " ".join(file.read().split()) != _FULL_MAP
+    rootless = not userns.is_first()
     owner = _owner(proc)
     return Container(
         proc=proc,

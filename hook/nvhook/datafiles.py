@@ -4,6 +4,9 @@
 A file keeps its place in the container: below /etc if it is there on the host, else below /usr/share, where every
 loader looks. A driver in a place of its own, such as /usr/local/nvidia, has its share/, etc/ and firmware/ beside its
 libraries. Of several with one name the first counts, in the order of the tables here.
+
+What names a library by its path on the host (NixOS: /nix/store/<hash>-nvidia-x11/lib/libGLX_nvidia.so.0) is given to
+the container with the library's name alone, which its linker finds.
 """
 
 from __future__ import annotations
@@ -15,6 +18,10 @@ import stat
 from .driver import File
 from .linux.root import Root
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
 _MAX_JSON = 1 << 20
 _MAX_NAMES = 10_000
 _MACHINE = os.uname().machine
@@ -24,7 +31,11 @@ _DISPLAY = ("display",)
 
 # Directory below share/ -> the files in it; `{version}` is the driver's.
 _SHARED: tuple[tuple[str, tuple[str, ...], tuple[str, ...]], ...] = (
-    ("vulkan/icd.d", ("nvidia_icd.json", f"nvidia_icd.{_MACHINE}.json"), _GRAPHICS),
+    (
+        "vulkan/icd.d",
+        ("nvidia_icd.json", f"nvidia_icd.{_MACHINE}.json", "nvidia_icd.i686.json", "nvidia_layers.json"),
+        _GRAPHICS,
+    ),
     ("vulkan/implicit_layer.d", ("nvidia_layers.json",), _GRAPHICS),
     ("glvnd/egl_vendor.d", ("10_nvidia.json",), _GRAPHICS),
     (
@@ -49,6 +60,7 @@ _SHARED: tuple[tuple[str, tuple[str, ...], tuple[str, ...]], ...] = (
     ),
     ("X11/xorg.conf.d", ("10-nvidia.conf", "nvidia-drm-outputclass.conf"), _DISPLAY),
 )
+_32_BIT = ("nvidia_icd.i686.json",)  # an ICD for 64-bit programs names no architecture, or its own
 _OPENCL = "OpenCL/vendors/nvidia.icd"  # its loader looks below /etc alone
 
 # Below a library directory. Debian has links in /usr/lib/nvidia, Fedora and the installer a directory of X's own.
@@ -68,19 +80,43 @@ _XORG_GLX = "libglxserver_nvidia.so"
 _SYSTEM = ("/usr/lib", "/lib", "/usr/lib32", "/lib32", "/usr/lib64", "/lib64", "/usr/X11R6")
 
 
-def find(root: Root, directories: list[str], version: str, warnings: list[str]) -> list[File]:
+def find(
+    root: Root, directories: list[str], version: str, warnings: list[str], firmware: Sequence[str] = ("/lib/firmware",)
+) -> list[File]:
     """What goes with the libraries of driver `version`; `directories` are those that may hold them, best first.
 
-    JSON that cannot be read would stop a loader, or make it forget the driver: it is left out with a warning.
+    `firmware` is firmware_directories(). JSON that cannot be read would stop a loader, or make it forget the driver:
+    it is left out with a warning.
     """
     beside = list(dict.fromkeys(os.path.dirname(directory) for directory in directories))
     found = [
         *_shared(root, beside, version, warnings),
         *_opencl(root, beside),
         *_xorg(root, directories, version),
-        *_firmware(root, beside, version),
+        *_firmware(root, [*firmware, "/usr/lib/firmware", *(f"{place}/firmware" for place in beside)], version),
     ]
     return sorted(found, key=lambda item: item.destination)
+
+
+def firmware_directories(proc_root: str, driver_root: str) -> list[str]:
+    """Where the kernel looks (drivers/base/firmware_loader), in its order; an administrator's first."""
+    places = []
+    try:
+        with open(os.path.join(proc_root, "sys/module/firmware_class/parameters/path"), encoding="utf-8") as file:
+            named = file.read(4096).strip()
+    except (OSError, ValueError):
+        named = ""
+    if named.startswith("/"):
+        # It is the kernel's path; a driver container mounts itself at the driver root, and names that.
+        places += [named.removeprefix(driver_root.rstrip("/")), named]
+    release = os.uname().release
+    return [
+        *dict.fromkeys(places),
+        f"/lib/firmware/updates/{release}",
+        "/lib/firmware/updates",
+        f"/lib/firmware/{release}",
+        "/lib/firmware",
+    ]
 
 
 def _shared(root: Root, beside: list[str], version: str, warnings: list[str]) -> list[File]:
@@ -92,9 +128,11 @@ def _shared(root: Root, beside: list[str], version: str, warnings: list[str]) ->
             name = template.replace("{version}", version)
             for place in places:
                 path = _real_path(root, f"{place}/{directory}/{name}")
-                if path and (not name.endswith(".json") or _is_json(path, warnings)):
+                content = _json(path, warnings) if path and name.endswith(".json") else ""
+                if path and content is not None:
                     keeps = "/etc" if place == "/etc" else "/usr/share"
-                    files.append(File(path, f"{keeps}/{directory}/{name}", capabilities))
+                    bits = 32 if name in _32_BIT else 64
+                    files.append(File(path, f"{keeps}/{directory}/{name}", capabilities, bits=bits, content=content))
                     break
     return files
 
@@ -103,8 +141,18 @@ def _opencl(root: Root, beside: list[str]) -> list[File]:
     for place in dict.fromkeys(["/etc", *(f"{place}/etc" for place in beside)]):
         path = _real_path(root, f"{place}/{_OPENCL}")
         if path:
-            return [File(path, f"/etc/{_OPENCL}", ("compute",))]
+            return [File(path, f"/etc/{_OPENCL}", ("compute",), content=_opencl_content(path))]
     return []
+
+
+def _opencl_content(path: str) -> str:
+    """The file is one line, the library; empty where that needs no change."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            line = file.read(4096).strip()
+    except (OSError, ValueError):
+        return ""
+    return f"{os.path.basename(line)}\n" if "/" in line else ""
 
 
 def _xorg(root: Root, directories: list[str], version: str) -> list[File]:
@@ -126,7 +174,9 @@ def _xorg(root: Root, directories: list[str], version: str) -> list[File]:
 
 
 def _in_system(directory: str) -> str:
-    """Where a directory of X modules is in a container: a place of the driver's own becomes /usr."""
+    """Where a directory of X modules is in a container: a place of the driver's own becomes /usr, and so does `/`."""
+    if directory.startswith("/lib"):  # a link to /usr/lib, by which the linker cache knows it
+        return f"/usr{directory}"
     if any(directory.startswith(f"{place}/") for place in _SYSTEM):
         return directory
     parts = directory.split("/")
@@ -134,9 +184,9 @@ def _in_system(directory: str) -> str:
     return "/".join(["/usr", *parts[libraries[0] :]]) if libraries else directory
 
 
-def _firmware(root: Root, beside: list[str], version: str) -> list[File]:
+def _firmware(root: Root, places: list[str], version: str) -> list[File]:
     """That of the GPU system processor, whole from the first place that has any."""
-    for place in dict.fromkeys(["/lib/firmware", "/usr/lib/firmware", *(f"{place}/firmware" for place in beside)]):
+    for place in dict.fromkeys(places):
         directory = f"{place}/nvidia/{version}"
         keeps = directory if place == "/usr/lib/firmware" else f"/lib/firmware/nvidia/{version}"
         files = []
@@ -172,12 +222,27 @@ def _real_path(root: Root, path: str) -> str:
         os.close(fd)
 
 
-def _is_json(path: str, warnings: list[str]) -> bool:
+def _json(path: str, warnings: list[str]) -> str | None:
+    """What a container gets in its place, empty if it can have the file itself; None, and a warning, for damage."""
     try:
         with open(path, "rb") as file:
-            json.loads(file.read(_MAX_JSON))
+            document = json.loads(file.read(_MAX_JSON))
+        return json.dumps(document, indent=4) + "\n" if _shorten(document) else ""
     except (OSError, ValueError, RecursionError) as error:
         why = error.strerror if isinstance(error, OSError) and error.strerror else error
         warnings.append(f"leave out `{path}`: {'not JSON: ' if isinstance(error, ValueError) else ''}{why}")
-        return False
-    return True
+        return None
+
+
+def _shorten(value: object) -> int:
+    """Cut every `library_path` in a JSON value down to the library's name; how many there were to cut."""
+    if isinstance(value, list):
+        return sum(_shorten(item) for item in value)
+    if not isinstance(value, dict):
+        return 0
+    count = sum(_shorten(item) for item in value.values())
+    library = value.get("library_path")
+    if isinstance(library, str) and "/" in library:
+        value["library_path"] = os.path.basename(library)
+        count += 1
+    return count

@@ -36,8 +36,9 @@ _COMPUTE = (
     "libnvidia-nvvm70.so",
     "libnvidia-tileiras.so",
 )
-# The platforms of EGL have version numbers of their own: what their SONAME link leads to is the driver's.
+# These have version numbers of their own: what their SONAME link leads to is the driver's.
 _OWN_VERSIONS = (
+    "libnvidia-nvvm70.so",
     "libnvidia-egl-gbm.so",
     "libnvidia-egl-wayland.so",
     "libnvidia-egl-wayland2.so",
@@ -59,8 +60,13 @@ _GRAPHICS = (
     "libGLESv1_CM_nvidia.so",
     "libnvidia-glvkspirv.so",
     "libnvidia-cbl.so",
+    "libnvidia-vulkan-producer.so",
     "libnvidia-allocator.so",
-    *_OWN_VERSIONS,
+    "libnvidia-egl-gbm.so",
+    "libnvidia-egl-wayland.so",
+    "libnvidia-egl-wayland2.so",
+    "libnvidia-egl-xcb.so",
+    "libnvidia-egl-xlib.so",
 )
 # Capability -> the libraries it begins with, named up to and including `.so`. Video decodes into CUDA memory.
 SEEDS: dict[str, tuple[str, ...]] = {
@@ -83,6 +89,9 @@ PROGRAMS = (
     ("nvidia-debugdump", "utility"),
     ("nvidia-persistenced", "utility"),
     ("nv-fabricmanager", "utility"),
+    ("nvidia-imex", "utility"),
+    ("nvidia-imex-ctl", "utility"),
+    ("nvidia-xconfig", "display"),
     ("nvidia-cuda-mps-control", "compute"),
     ("nvidia-cuda-mps-server", "compute"),
 )
@@ -110,6 +119,7 @@ _LIBRARY_DIRECTORIES = (
     "/usr/local/nvidia/lib64",
     "/usr/local/nvidia/lib",
     "/usr/local/lib",
+    "/usr/local/glibc/usr/lib",
     "/opt/nvidia/lib64",
 )
 _PROGRAM_DIRECTORIES = (
@@ -125,11 +135,12 @@ _PROGRAM_DIRECTORIES = (
     "/opt/nvidia/bin",
     "/opt/bin",
 )
+_STORE = "/nix/store/"
 # Loaders look for these libraries one level down; libnvidia-tls had variants in tls/ before driver 396.
 _SUBDIRECTORIES = ("", "vdpau", "tls")
 
 
-def discover(driver_root: str, ldcache_path: str, version: str, warnings: list[str]) -> Driver:
+def discover(driver_root: str, ldcache_path: str, version: str, warnings: list[str], *, proc_root: str = "/") -> Driver:
     """The driver `version` below `driver_root`. DriverError when there is none, naming the versions that are there.
 
     A file that goes with the libraries and is damaged is left out; `warnings` name it.
@@ -146,7 +157,8 @@ def discover(driver_root: str, ldcache_path: str, version: str, warnings: list[s
     libraries, others = _libraries(root, directories, version)
     if not any(item.soname in ("libcuda.so.1", "libnvidia-ml.so.1") for item in libraries):
         raise _not_found(driver_root, version, others, directories)
-    files = datafiles.find(root, directories, version, warnings)
+    firmware = datafiles.firmware_directories(proc_root, driver_root)
+    files = datafiles.find(root, directories, version, warnings, firmware)
     return Driver(version, _with_capabilities(libraries), _binaries(root, directories), files)
 
 
@@ -298,25 +310,38 @@ def _binaries(root: Root, directories: list[str]) -> list[Binary]:
     binaries = []
     for name, capability in PROGRAMS:
         for directory in dict.fromkeys([*_PROGRAM_DIRECTORIES, *beside]):
-            path = _program(root, f"{directory}/{name}")
-            if path:
-                binaries.append(Binary(path, name, capability))
+            path, header = examine(root, f"{directory}/{name}")
+            if header is not None and os.stat(path).st_mode & 0o111:  # a script would name places of the host
+                binaries.append(Binary(path, name, capability, _store_directories(root, header)))
                 break
     return binaries
 
 
-def _program(root: Root, path: str) -> str:
-    """The real path of a program for this machine; empty for a script, which would name places of the host."""
+def _store_directories(root: Root, header: elf.Elf) -> tuple[tuple[str, str], ...]:
+    """Those of Nix's store with a program's own dynamic linker and the libraries that it was built with."""
+    found = []
+    for path in dict.fromkeys([os.path.dirname(header.interpreter), *header.search]):
+        if path.startswith(_STORE):
+            try:
+                fd = root.open(path, os.O_PATH | os.O_DIRECTORY)
+            except OSError:
+                continue
+            found.append((os.readlink(f"/proc/self/fd/{fd}"), path))
+            os.close(fd)
+    return tuple(found)
+
+
+def examine(root: Root, path: str) -> tuple[str, elf.Elf | None]:
+    """(the real path of a file, or empty; what it says about itself, if it is an ELF file for this machine)."""
     try:
         fd = root.open(path, os.O_RDONLY | os.O_NONBLOCK)
     except OSError:
-        return ""
+        return "", None
     try:
-        status = os.fstat(fd)
-        if not stat.S_ISREG(status.st_mode) or not status.st_mode & 0o111:
-            return ""
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            return "", None
         real = os.readlink(f"/proc/self/fd/{fd}")
         header = _read_elf(fd, real)
-        return real if header is not None and header.machine in _MACHINES else ""
+        return real, header if header is not None and header.machine in _MACHINES else None
     finally:
         os.close(fd)

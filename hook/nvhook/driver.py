@@ -14,9 +14,10 @@ class Library:
 
     needed         SONAMEs of the driver's own libraries that it is linked against
     capabilities   those it belongs to, by NVIDIA's lists and what their members need
+    directory      where it is in the container; empty: where the container's family has its libraries
     """
 
-    __slots__ = ("bits", "capabilities", "name", "needed", "path", "soname")
+    __slots__ = ("bits", "capabilities", "directory", "name", "needed", "path", "soname")
 
     def __init__(
         self,
@@ -25,8 +26,10 @@ class Library:
         bits: int,
         needed: tuple[str, ...],
         capabilities: tuple[str, ...] = (),
+        directory: str = "",
     ) -> None:
         self.path = path
+        self.directory = directory
         self.name = os.path.basename(path)
         self.soname = soname
         self.bits = bits
@@ -35,25 +38,38 @@ class Library:
 
 
 class Binary:
-    """`path` on the host, without links; `name` as it is called in the container."""
+    """`path` on the host, without links; `name` as it is called in the container.
 
-    __slots__ = ("capability", "name", "path")
+    directories   what it names by absolute paths that no distribution has, as (on the host without links, as named)
+    """
 
-    def __init__(self, path: str, name: str, capability: str) -> None:
+    __slots__ = ("capability", "directories", "name", "path")
+
+    def __init__(self, path: str, name: str, capability: str, directories: tuple[tuple[str, str], ...] = ()) -> None:
         self.path = path
         self.name = name
         self.capability = capability
+        self.directories = directories
 
 
 class File:
-    """`path` on the host, without links; `destination` in the container, whatever its family."""
+    """`path` on the host, without links; `destination` in the container, whatever its family.
 
-    __slots__ = ("capabilities", "destination", "path")
+    bits       32 for what 32-bit programs alone read
+    content    what the container gets in the place of the file's own content, which names places of the host;
+               empty: the file as it is. inventory.py keeps it as a file, and `path` is then that one.
+    """
 
-    def __init__(self, path: str, destination: str, capabilities: tuple[str, ...]) -> None:
+    __slots__ = ("bits", "capabilities", "content", "destination", "path")
+
+    def __init__(
+        self, path: str, destination: str, capabilities: tuple[str, ...], *, bits: int = 64, content: str = ""
+    ) -> None:
         self.path = path
         self.destination = destination
         self.capabilities = capabilities
+        self.bits = bits
+        self.content = content
 
 
 class Driver:

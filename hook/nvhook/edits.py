@@ -349,6 +349,10 @@ class Device(Edit):
         """The entry of linux.resources.devices that lets the container open it (OCI, config-linux.md)."""
         return {"allow": True, "type": "c", "major": self.major, "minor": self.minor, "access": self.access}
 
+    def needs_group(self) -> bool:
+        """Whether a user who is not root needs the node's group to use it, and may be given that group."""
+        return self.gid != 0 and self.mode & 0o006 != 0o006
+
     def prepare(self, config: Config) -> None:
         """Hold the host's node, in case it has to be bound. That there is none, or another, is found out then."""
         self._host_path = os.path.join(config.dev_root, self.path.lstrip("/"))

@@ -44,14 +44,15 @@ class Gpu:
 class Gpus:
     """One look at the host.
 
-    driver_version   of the loaded kernel module
-    gpus             those that the driver uses, in NVML's order
+    driver_version   of the loaded kernel module; on WSL 2 the name of the driver store, which changes with the driver
+    gpus             those that the driver uses, in NVML's order; none on WSL 2, where they cannot be told apart
     majors           name -> character device major, from /proc/devices
     node_owner       (uid, gid, mode) that the module wants its device nodes to have
+    dxg              (major, minor) of /dev/dxg on WSL 2, the one node for all GPUs; None elsewhere
     instances        the MIG devices
     """
 
-    __slots__ = ("driver_version", "gpus", "instances", "majors", "node_owner")
+    __slots__ = ("driver_version", "dxg", "gpus", "instances", "majors", "node_owner")
 
     def __init__(
         self,
@@ -59,9 +60,11 @@ class Gpus:
         gpus: list[Gpu],
         majors: dict[str, int],
         node_owner: tuple[int, int, int],
+        dxg: tuple[int, int] | None = None,
         instances: Instances | None = None,
     ) -> None:
         self.driver_version = driver_version
+        self.dxg = dxg
         self.gpus = gpus
         self.majors = majors
         self.node_owner = node_owner
@@ -77,12 +80,21 @@ class Selection:
         self.gpus = gpus
         self.migs = migs
 
+    def brands(self) -> set[str]:
+        """The first word of each product's name in lower case: geforce of NVIDIA GeForce RTX 4090."""
+        return {gpu.model.lower().removeprefix("nvidia ").partition(" ")[0] for gpu in self.gpus}
+
+
+def is_loaded(proc_root: str) -> bool:
+    """Whether the kernel module is there, which says nothing about what it tells."""
+    return os.path.exists(os.path.join(proc_root, "proc/driver/nvidia/version"))
+
 
 def read(proc_root: str) -> Gpus:
     """Reads `proc_root`/proc; DeviceError when the kernel module is not there or says something unreadable."""
     proc = os.path.join(proc_root, "proc")
     version = _driver_version(proc)
-    return Gpus(version, _gpus(proc), _majors(proc), _node_owner(proc), mig.instances(proc))
+    return Gpus(version, _gpus(proc), _majors(proc), _node_owner(proc), instances=mig.instances(proc))
 
 
 def select(devices: tuple[str, ...], host: Gpus, report: Reporter) -> Selection:
@@ -91,7 +103,12 @@ def select(devices: tuple[str, ...], host: Gpus, report: Reporter) -> Selection:
     An id is an index, a UUID or the beginning of one, a PCI bus id, or the name of a MIG device (mig.py).
     DeviceError, with the list of what exists, for one that names nothing or several.
     """
-    if devices == ("none",):
+    if host.dxg is not None and devices not in (("all",), ("none",)):
+        raise DeviceError(
+            f"`{devices[0]}` is asked for, and on WSL 2 the GPUs have one node, /dev/dxg, for all of them",
+            "ask for `all`",
+        )
+    if host.dxg is not None or devices == ("none",):
         return Selection([], [])
     if devices == ("all",):
         if not host.gpus:
@@ -102,11 +119,6 @@ def select(devices: tuple[str, ...], host: Gpus, report: Reporter) -> Selection:
     chosen = {_find(device, host.gpus).index for device in devices if not mig.is_name(device)}
     chosen |= {item.gpu.index for item in found}
     return Selection([gpu for gpu in host.gpus if gpu.index in chosen], [migs[key] for key in sorted(migs)])
-
-
-def brands(gpus: list[Gpu]) -> set[str]:
-    """The first word of the products' names in lower case: geforce of NVIDIA GeForce RTX 4090, tesla of Tesla V100."""
-    return {gpu.model.lower().removeprefix("nvidia ").partition(" ")[0] for gpu in gpus}
 
 
 def _find(device: str, gpus: list[Gpu]) -> Gpu:

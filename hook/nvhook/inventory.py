@@ -2,6 +2,7 @@
 """What is dear to find out about the host, found once and kept below the state directory.
 
     inventory.json   the driver's files (discovery.py opens every ELF file)
+    files/           those of them that a container gets with another content than the host has (File.content)
     nvml.json        what NVML tells (nvml.py), if a container ever needed it
 
 Each is good exactly as long as what it was made from is the same: driver version, boot, linker cache, configuration;
@@ -22,7 +23,8 @@ from .errors import DriverError, reason
 
 _NAME = "inventory.json"
 _NVML_NAME = "nvml.json"
-_FORMAT = 2
+_FILES = "files"
+_FORMAT = 3
 _MAX_SIZE = 4 << 20
 _NVML_LIBRARY = "libnvidia-ml.so.1"
 _A_WHILE = 60  # seconds
@@ -53,12 +55,34 @@ def load(config: Config, version: str, warnings: list[str], *, again: bool = Fal
         driver = _read(path, origin, _driver)
         if driver is not None:
             return driver
-    from . import discovery  # pyelftools and what it brings, once per driver
-
-    driver = discovery.discover(config.driver_root, config.ldcache, version, warnings)
+    driver = _discover(config, version, warnings)
+    otherwise = "the next container makes the inventory again"
+    try:
+        _lay_out(driver, config.state_dir, keep=keep)
+    except OSError as error:
+        warnings.append(f"write below `{config.state_dir}`: {reason(error)}; {otherwise}")
+        return driver
     if keep:
-        _keep(path, {"origin": origin, **_describe(driver)}, warnings, "the next container makes the inventory again")
+        _keep(path, {"origin": origin, **_describe(driver)}, warnings, otherwise)
     return driver
+
+
+def _discover(config: Config, version: str, warnings: list[str]) -> Driver:
+    from . import discovery, wsl  # pyelftools and what it brings, once per driver
+
+    if wsl.is_store(version):
+        return wsl.discover(config.driver_root, version)
+    return discovery.discover(config.driver_root, config.ldcache, version, warnings, proc_root=config.proc_root)
+
+
+def _lay_out(driver: Driver, directory: str, *, keep: bool) -> None:
+    """Give files with a content of their own a place there; one that cannot be written stays as the host has it."""
+    for item in driver.files:
+        if item.content:
+            path = os.path.join(directory, _FILES, item.destination.lstrip("/").replace("/", "-"))
+            if keep:
+                _replace(path, item.content.encode())
+            item.path = path
 
 
 def report(
@@ -209,11 +233,29 @@ def _driver(inventory: Json) -> Driver:
     return Driver(
         inventory["origin"]["driver"],
         [
-            Library(item["path"], item["soname"], item["bits"], tuple(item["needed"]), tuple(item["capabilities"]))
+            Library(
+                item["path"],
+                item["soname"],
+                item["bits"],
+                tuple(item["needed"]),
+                tuple(item["capabilities"]),
+                item["directory"],
+            )
             for item in inventory["libraries"]
         ],
-        [Binary(item["path"], item["name"], item["capability"]) for item in inventory["binaries"]],
-        [File(item["path"], item["destination"], tuple(item["capabilities"])) for item in inventory["files"]],
+        [
+            Binary(
+                item["path"],
+                item["name"],
+                item["capability"],
+                tuple((source, place) for source, place in item["directories"]),
+            )
+            for item in inventory["binaries"]
+        ],
+        [
+            File(item["path"], item["destination"], tuple(item["capabilities"]), bits=item["bits"])
+            for item in inventory["files"]
+        ],
     )
 
 
@@ -226,12 +268,26 @@ def _describe(driver: Driver) -> Json:
                 "bits": item.bits,
                 "needed": item.needed,
                 "capabilities": item.capabilities,
+                "directory": item.directory,
             }
             for item in driver.libraries
         ],
-        "binaries": [{"path": item.path, "name": item.name, "capability": item.capability} for item in driver.binaries],
+        "binaries": [
+            {
+                "path": item.path,
+                "name": item.name,
+                "capability": item.capability,
+                "directories": item.directories,
+            }
+            for item in driver.binaries
+        ],
         "files": [
-            {"path": item.path, "destination": item.destination, "capabilities": item.capabilities}
+            {
+                "path": item.path,
+                "destination": item.destination,
+                "capabilities": item.capabilities,
+                "bits": item.bits,
+            }
             for item in driver.files
         ],
     }
@@ -239,12 +295,12 @@ def _describe(driver: Driver) -> Json:
 
 def _keep(path: str, document: Json, warnings: list[str], otherwise: str) -> None:
     try:
-        _write(path, document)
+        _replace(path, quickjson.dumps(document))
     except OSError as error:
         warnings.append(f"write `{path}`: {reason(error)}; {otherwise}")
 
 
-def _write(path: str, document: Json) -> None:
+def _replace(path: str, content: bytes) -> None:
     os.makedirs(os.path.dirname(path), mode=0o755, exist_ok=True)
     # Several containers may start at once with nothing kept yet: each writes its own file, the last one stays.
     beside = f"{path}.{os.getpid()}"
@@ -253,7 +309,8 @@ def _write(path: str, document: Json) -> None:
     fd = os.open(beside, os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_WRONLY | os.O_CLOEXEC, 0o644)
     try:
         with open(fd, "wb") as file:
-            file.write(quickjson.dumps(document))
+            os.fchmod(fd, 0o644)  # whatever the engine's umask: a container's other users read some of them
+            file.write(content)
         os.rename(beside, path)
     except OSError:
         os.unlink(beside)

@@ -82,26 +82,28 @@ def make(
     directories = [compat] if compat else []
     names = []
     for library in libraries:
-        directory = layout.libraries if library.bits == 64 else layout.libraries32
+        directory = _directory(library, layout)
         edits.append(Mount(library.path, f"{directory}/{library.name}", _READ_ONLY))
         if directory not in directories:
             directories.append(directory)
         names += [(directory, name, library.bits) for name in _linker_names(library)]
-    edits += [
-        Mount(binary.path, f"{layout.binaries}/{binary.name}", _READ_ONLY)
-        for binary in driver.binaries
-        if binary.capability in request.capabilities
+    binaries = [binary for binary in driver.binaries if binary.capability in request.capabilities]
+    edits += [Mount(binary.path, f"{layout.binaries}/{binary.name}", _READ_ONLY) for binary in binaries]
+    # What several of them need they have once.
+    needed = dict.fromkeys(directory for binary in binaries for directory in binary.directories)
+    edits += [Mount(source, place, _READ_ONLY, "directory") for source, place in needed]
+    files = [
+        item for item in driver.files if asked & set(item.capabilities) and (item.bits == 64 or "compat32" in asked)
     ]
-    files = [item for item in driver.files if asked & set(item.capabilities)]
     edits += [Mount(item.path, item.destination, _READ_ONLY) for item in files]
     edits += [
         Mount(item.path, item.destination, _WRITABLE, item.what) for item in sockets if asked & set(item.capabilities)
     ]
     edits += [Mount(item.path, item.destination, _DATA, item.what) for item in data if not _is_proc(item)]
     for library in libraries:
-        edits += _links(library, layout.libraries if library.bits == 64 else layout.libraries32)
+        directory = _directory(library, layout)
+        edits += _links(library, directory)
         if library.soname == _GBM_LIBRARY and asked & {"display", "graphics"}:
-            directory = layout.libraries if library.bits == 64 else layout.libraries32
             edits.append(Symlink(f"{directory}/{_GBM_BACKEND}", f"../{library.name}"))
     # The X server opens its module by a name without the version.
     edits += [
@@ -159,6 +161,8 @@ def devices(
     def node(name: str, major: int, minor: int) -> Device:
         return Device(f"/dev/{name}", major, minor, "rw", mode=mode, uid=uid, gid=gid)
 
+    if gpus.dxg is not None:
+        return [node("dxg", *gpus.dxg)]
     control = gpus.majors.get("nvidia", gpus.majors.get("nvidia-frontend", _MAJOR))
     nodes = [node(f"nvidia{gpu.minor}", control, gpu.minor) for gpu in chosen]
     nodes.append(node("nvidiactl", control, _CONTROL_MINOR))
@@ -210,6 +214,11 @@ def _linker_names(library: Library) -> list[str]:
     soname = library.soname or library.name
     further = _FURTHER_LINKS.get(soname, ("",))[0]
     return [soname, further] if further.endswith(".so") else [soname]
+
+
+def _directory(library: Library, layout: Layout) -> str:
+    """Where it is in the container."""
+    return library.directory or (layout.libraries if library.bits == 64 else layout.libraries32)
 
 
 def _links(library: Library, directory: str) -> list[Symlink]:

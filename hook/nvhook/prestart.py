@@ -11,10 +11,24 @@ from __future__ import annotations
 
 import sys
 
-from . import caps, compat, dri, features, inventory, leftovers, plan, procfs, request, selection, sockets, spec
+from . import (
+    caps,
+    compat,
+    dri,
+    features,
+    host,
+    inventory,
+    kmods,
+    leftovers,
+    plan,
+    procfs,
+    request,
+    selection,
+    sockets,
+    spec,
+)
 from . import container as containers
 from . import edits as editing
-from . import gpus as hosts
 from .errors import ContainerError, DriverError, SpecError, reason
 
 TYPE_CHECKING = False
@@ -75,11 +89,9 @@ def _note(
 
 def prepare(config: Config, asked: Request, container: Container, warnings: list[str]) -> list[editing.Edit]:
     """The edits, their sources open. An inventory that names a file which has gone is made again, once."""
-    gpus = hosts.read(config.proc_root)
+    gpus = host.read(config, asked, warnings)
     chosen = selection.choose(config, asked, gpus, warnings)
-    compatible = compat.find(
-        config, asked, container.root, gpus.driver_version, lambda: hosts.brands(chosen.gpus), warnings
-    )
+    compatible = compat.find(config, asked, container.root, gpus.driver_version, chosen.brands, warnings)
     for again in (False, True):
         driver = inventory.load(config, gpus.driver_version, warnings, again=again)
         edits = plan.make(
@@ -94,6 +106,7 @@ def prepare(config: Config, asked: Request, container: Container, warnings: list
             extras=[caps.find(config, asked, chosen, gpus), features.find(config, asked, warnings)],
             compat=compatible,
         )
+        kmods.make_nodes(config, [edit for edit in edits if isinstance(edit, editing.Device)], warnings)
         try:
             _prepare(edits, config)
             return edits

@@ -36,7 +36,8 @@ def choose(config: Config, asked: Request, host: Gpus, warnings: list[str], *, k
         host.gpus = _identified(host.gpus, report)
     chosen = hosts.select(asked.devices, host, mig.reporter(config, host, warnings, keep=keep))
     by_version = requirements.facts_of(host.driver_version)
-    if requirements.are_sure(asked.requirements, by_version):
+    # On WSL 2 there is no NVML to ask, and the version is no number.
+    if host.dxg is not None or requirements.are_sure(asked.requirements, by_version):
         return chosen
     if not must_identify:
         report = _report(config, host, warnings, keep=keep)

@@ -63,6 +63,19 @@ def add_device_rules(config: Json, rules: list[dict[str, object]]) -> None:
     resources["devices"] = [rule for rule in present if rule not in rules] + rules
 
 
+def add_groups(config: Json, gids: list[int]) -> None:
+    """Supplementary groups for the container's process; not in a user namespace, where they are other groups."""
+    from nvhook.linux import userns  # only for a container that asks
+
+    namespaces = (config.get("linux") or {}).get("namespaces") or []
+    in_userns = any(isinstance(item, dict) and item.get("type") == "user" for item in namespaces)
+    if not gids or in_userns or not userns.is_first():
+        return
+    user = config["process"]["user"] = config["process"].get("user") or {}
+    present = user.get("additionalGids") or []
+    user["additionalGids"] = present + sorted(set(gids) - set(present))
+
+
 def write(bundle: str, config: Json, former: os.stat_result) -> None:
     """Replace config.json, with the former one's owner and mode; SpecError, and nothing changed, if that fails."""
     path = os.path.join(bundle, "config.json")

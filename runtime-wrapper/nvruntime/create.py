@@ -84,14 +84,17 @@ def edit(arguments: list[str], hook: str, config: Config, warnings: list[str]) -
     asked = request.read(described, config, warnings)
     if asked is None:
         return
-    from nvhook import caps, dri, features, gpus, plan, selection  # only for a container that asks
+    from nvhook import caps, dri, features, host, kmods, plan, selection  # only for a container that asks
 
-    host = gpus.read(config.proc_root)
-    chosen = selection.choose(config, asked, host, warnings)
-    extras = [caps.find(config, asked, chosen, host), features.find(config, asked, warnings)]
-    nodes = plan.devices(asked, chosen.gpus, host, dri.find(config, asked, chosen.gpus), extras)
+    gpus = host.read(config, asked, warnings)
+    chosen = selection.choose(config, asked, gpus, warnings)
+    extras = [caps.find(config, asked, chosen, gpus), features.find(config, asked, warnings)]
+    nodes = plan.devices(asked, chosen.gpus, gpus, dri.find(config, asked, chosen.gpus), extras)
+    kmods.make_nodes(config, nodes, warnings)
     if not config.no_cgroups:
         bundle.add_device_rules(document, [node.rule() for node in nodes])
+    if not config.no_additional_gids:
+        bundle.add_groups(document, [node.gid for node in nodes if node.needs_group()])
     which = ["--config", os.path.abspath(config.path)] if config.path else []
     bundle.add_hook(document, "prestart", hook, which, HOOK_ENV)
     bundle.add_hook(document, "poststop", hook, ["--state-dir", config.state_dir], HOOK_ENV)

@@ -28,7 +28,8 @@ from simhost.description import Description, SimhostError, load
 _MARKER = ".simhost"
 _BUILT = ("driver", "proc", "sys", "dev", "run", "config.toml")
 _BOOT_ID = "/proc/sys/kernel/random/boot_id"
-_STUB = re.compile(r"lib(nvidia-ml|cuda)\.so\.(\d+(?:\.\d+)+)")
+_STUB = re.compile(r"lib(nvidia-ml|cuda)\.so\.(\d+(?:\.\d+)*)")
+_WINDOWS = ("1", "1.1")  # how the files are named in a driver store of Windows, whatever the driver's version
 _SOURCES = {"nvidia-ml": "nvml.c", "cuda": "cuda.c"}
 
 _CONFIG = """\
@@ -147,7 +148,7 @@ def _make_elf(elf: dict[str, Any], path: str, compiler: Compiler) -> None:
     name = os.path.basename(path)
     stub = _STUB.fullmatch(name)
     if machine == native_machine() and stub:
-        compiler.library(_SOURCES[stub[1]], elf, path, version=stub[2])
+        compiler.library(_SOURCES[stub[1]], elf, path, version=None if stub[2] in _WINDOWS else stub[2])
     elif machine == native_machine() and name == "nvidia-smi":
         compiler.program("nvidia_smi.c", elf, path)
     elif elf["soname"] is None and ".so" not in name:

@@ -54,12 +54,13 @@ class Compiler:
     def close(self) -> None:
         shutil.rmtree(self._directory)
 
-    def library(self, source: str, elf: dict[str, Any], path: str, *, version: str) -> None:
-        """A shared object at `path` from nvml.c or cuda.c, of the driver `version`."""
+    def library(self, source: str, elf: dict[str, Any], path: str, *, version: str | None) -> None:
+        """A shared object at `path` from nvml.c or cuda.c, of the driver `version`; None: of the host's."""
+        version = version or self._description["driver_version"]
         self._compile(source, path, elf, version, "-shared", f"-Wl,-soname,{elf['soname']}")
 
-    def program(self, source: str, elf: dict[str, Any], path: str) -> None:
-        self._compile(source, path, elf, self._description["driver_version"], "-pie")
+    def program(self, source: str, elf: dict[str, Any], path: str, *flags: str) -> None:
+        self._compile(source, path, elf, self._description["driver_version"], "-pie", *flags)
 
     def _compile(self, source: str, path: str, elf: dict[str, Any], version: str, *flags: str) -> None:
         with open(os.path.join(self._directory, "host.h"), "w", encoding="utf-8") as file:
@@ -96,6 +97,7 @@ def host_header(description: Description, version: str) -> str:
     lines = [
         f"#define DRIVER_VERSION {json.dumps(version)}",
         f"#define CUDA_VERSION {int(cuda_major) * 1000 + int(cuda_minor) * 10}",
+        f"#define IS_WSL {int(any(node['path'] == '/dev/dxg' for node in description['device_nodes']))}",
         f"#define GPU_COUNT {len(gpus)}",
         f"#define MIG_COUNT {len(migs)}",
         "static const struct gpu gpus[GPU_COUNT + 1] = {",

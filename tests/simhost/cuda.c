@@ -22,9 +22,9 @@ int cuInit(unsigned flags)
 {
     if (flags)
         return INVALID_VALUE;
-    if (open_fault("nvidiactl", 0) || reachable_gpus() == 0)
+    if (control_fault() || reachable_gpus() == 0)
         return NO_DEVICE;
-    if (access_fault("nvidia-uvm", 0, R_OK | W_OK))
+    if (!IS_WSL && access_fault("nvidia-uvm", 0, R_OK | W_OK))
         return UNKNOWN;
     initialized = 1;
     return SUCCESS;

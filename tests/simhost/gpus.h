@@ -29,7 +29,7 @@ struct mig {
     int gi_cap, ci_cap; /* minors of the nodes below /dev/nvidia-caps, -1 where the host does not tell */
 };
 
-/* DRIVER_VERSION, CUDA_VERSION, GPU_COUNT, gpus[], MIG_COUNT, migs[], the last two in NVML's order. An empty array is
+/* DRIVER_VERSION, CUDA_VERSION, IS_WSL, GPU_COUNT, gpus[], MIG_COUNT, migs[], the last two in NVML's order. An empty array is
  * no C, so each has one entry more than its count. */
 #include "host.h"
 
@@ -64,9 +64,15 @@ static int access_fault(const char *format, int number, int mode)
     return access(node_path(path, sizeof path, format, number), mode) == 0 ? 0 : errno;
 }
 
+/* On WSL 2 one node is the way to everything. */
+static int control_fault(void)
+{
+    return IS_WSL ? access_fault("dxg", 0, R_OK | W_OK) : open_fault("nvidiactl", 0);
+}
+
 static int gpu_is_reachable(const struct gpu *gpu)
 {
-    return open_fault("nvidia%d", gpu->minor) == 0;
+    return (IS_WSL ? control_fault() : open_fault("nvidia%d", gpu->minor)) == 0;
 }
 
 static const struct gpu *reachable_gpu(unsigned index)

@@ -59,7 +59,7 @@ static int copy(char *to, unsigned size, const char *text)
 
 int nvmlInitWithFlags(unsigned flags)
 {
-    int fault = open_fault("nvidiactl", 0);
+    int fault = control_fault();
 
     (void)flags;
     if (fault)

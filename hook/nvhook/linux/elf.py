@@ -20,6 +20,8 @@ _MAX_NOTES = 64 << 10  # bytes
 _MAX_NEEDED = 1024
 _MAX_STRING = 4096  # bytes, without the NUL
 
+_TEXTS = ("DT_NEEDED", "DT_RPATH", "DT_RUNPATH", "DT_SONAME")
+
 # The machines that have a driver, in the only class and byte order that it comes in; x32 is none of them.
 _MACHINES = {
     ("EM_X86_64", 64, True): "x86-64",
@@ -39,9 +41,12 @@ class Elf:
     `soname` and `needed` are DT_SONAME and DT_NEEDED in the file's order. `abi` is the oldest Linux that the GNU ABI
     note asks for, as three numbers. `kind` is `shared`, `executable`, or `other` (object file, core). A program is
     told from a library by its interpreter, but libc.so.6 has one too: what has a SONAME is a library.
+
+    interpreter   the dynamic linker that starts it, or empty
+    search        where that looks for libraries first: DT_RUNPATH, else DT_RPATH
     """
 
-    __slots__ = ("abi", "bits", "kind", "machine", "needed", "soname")
+    __slots__ = ("abi", "bits", "interpreter", "kind", "machine", "needed", "search", "soname")
 
     def __init__(
         self,
@@ -51,7 +56,12 @@ class Elf:
         soname: str | None,
         needed: tuple[str, ...],
         abi: tuple[int, int, int] | None,
+        *,
+        interpreter: str = "",
+        search: tuple[str, ...] = (),
     ) -> None:
+        self.interpreter = interpreter
+        self.search = search
         self.bits = bits
         self.machine = machine
         self.kind = kind
@@ -78,15 +88,19 @@ def _read(file: _File) -> Elf | None:
         return None
     header, structs = _header(file)
     segments = _segments(file, header, structs)
-    soname, needed = _dynamic(file, segments, structs)
+    texts = _dynamic(file, segments, structs)
+    soname = next(iter(texts["DT_SONAME"]), None)
+    search = next(iter(texts["DT_RUNPATH"] or texts["DT_RPATH"]), "")
     has_interpreter = any(segment["p_type"] == "PT_INTERP" for segment in segments)
     return Elf(
         structs.elfclass,
         _machine(header, structs),
         _kind(header["e_type"], is_program=has_interpreter and soname is None),
         soname,
-        needed,
+        tuple(texts["DT_NEEDED"]),
         _abi(file, segments, structs),
+        interpreter=_interpreter(file, segments),
+        search=tuple(path for path in search.split(":") if path),
     )
 
 
@@ -161,11 +175,18 @@ def _kind(elf_type: Any, *, is_program: bool) -> str:
     return "shared" if elf_type == "ET_DYN" else "other"
 
 
-def _dynamic(file: _File, segments: list[Any], structs: Any) -> tuple[str | None, tuple[str, ...]]:
-    """(SONAME, NEEDED); (None, ()) of a file without a dynamic segment: object files, static programs."""
+def _interpreter(file: _File, segments: list[Any]) -> str:
+    segment = next((item for item in segments if item["p_type"] == "PT_INTERP"), None)
+    if segment is None:
+        return ""
+    return _string(file, segment["p_offset"], segment["p_filesz"], 0)
+
+
+def _dynamic(file: _File, segments: list[Any], structs: Any) -> dict[str, list[str]]:
+    """Tag -> texts; all empty of a file without a dynamic segment: object files, static programs."""
     segment = next((item for item in segments if item["p_type"] == "PT_DYNAMIC"), None)
     if segment is None:
-        return None, ()
+        return {tag: [] for tag in _TEXTS}
     size = min(segment["p_filesz"], _MAX_DYNAMIC)
     wanted: list[tuple[str, int]] = []
     table: dict[str, int] = {}
@@ -173,27 +194,27 @@ def _dynamic(file: _File, segments: list[Any], structs: Any) -> tuple[str | None
         tag, value = entry["d_tag"], entry["d_val"]
         if tag == "DT_NULL":
             break
-        if tag in ("DT_SONAME", "DT_NEEDED"):
+        if tag in _TEXTS:
             wanted.append((tag, value))
         elif tag in ("DT_STRTAB", "DT_STRSZ"):
             table[tag] = value
     else:
         if segment["p_filesz"] > _MAX_DYNAMIC:
             raise ValueError(f"the dynamic segment has no end within {_MAX_DYNAMIC} bytes")
-    return _names(file, wanted, table, segments)
+    return _texts(file, wanted, table, segments)
 
 
-def _names(
+def _texts(
     file: _File, wanted: list[tuple[str, int]], table: dict[str, int], segments: list[Any]
-) -> tuple[str | None, tuple[str, ...]]:
+) -> dict[str, list[str]]:
+    texts: dict[str, list[str]] = {tag: [] for tag in _TEXTS}
     if len(wanted) > _MAX_NEEDED:
         raise ValueError(f"more than {_MAX_NEEDED} needed libraries")
-    if not wanted:
-        return None, ()
-    start, size = _string_table(table, segments)
-    texts = [(tag, _string(file, start, size, offset)) for tag, offset in wanted]
-    soname = next((text for tag, text in texts if tag == "DT_SONAME"), None)
-    return soname, tuple(text for tag, text in texts if tag == "DT_NEEDED")
+    if wanted:
+        start, size = _string_table(table, segments)
+        for tag, offset in wanted:
+            texts[tag].append(_string(file, start, size, offset))
+    return texts
 
 
 def _string_table(table: dict[str, int], segments: list[Any]) -> tuple[int, int]:

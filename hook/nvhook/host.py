@@ -1,0 +1,88 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which kind of host this is, and its GPUs for one request.
+
+A host with NVIDIA's kernel module is gpus.py's; here is what comes before and beside it: modules that are loaded when
+somebody asks for them (kmods.py), WSL 2, which has none (wsl.py), and Tegra, which is refused. On a host that has
+what is asked for this costs one look.
+"""
+
+from __future__ import annotations
+
+import os
+
+from . import gpus, kmods
+from .errors import DeviceError, DriverError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from .config import Config
+    from .gpus import Gpus
+    from .request import Request
+
+
+def read(config: Config, asked: Request, warnings: list[str], *, modprobe: str | None = None) -> Gpus:
+    """The host's GPUs, with the kernel modules that `asked` needs.
+
+    modprobe   the program that loads them, empty for none; None: the host's own, where config.toml and the place
+               where we run allow it
+
+    DeviceError when a module is not there, DriverError for a host that nvhook does not serve.
+    """
+    if not gpus.is_loaded(config.proc_root):
+        from . import wsl  # only where there is no kernel module
+
+        on_wsl = wsl.find(config.driver_root, config.dev_root)
+        if on_wsl is not None:
+            return on_wsl
+        _refuse_tegra(config)
+        return _load(["nvidia", *_modules(asked, {})], config, warnings, modprobe)
+    found = gpus.read(config.proc_root)
+    missing = _modules(asked, found.majors)
+    return _load(missing, config, warnings, modprobe) if missing else found
+
+
+def _modules(asked: Request, majors: dict[str, int]) -> list[str]:
+    """Those that `asked` needs and the kernel does not show."""
+    missing = []
+    if {"compute", "video"} & set(asked.capabilities) and "nvidia-uvm" not in majors:
+        missing.append("nvidia-uvm")
+    # Before driver 560 nvidia-frontend stands for mode setting as well, loaded or not.
+    if "display" in asked.capabilities and not {"nvidia-modeset", "nvidia-frontend"} & majors.keys():
+        missing.append("nvidia-modeset")
+    return missing
+
+
+def _load(missing: list[str], config: Config, warnings: list[str], modprobe: str | None) -> Gpus:
+    """What there is when each of `missing` has been loaded, or could not be.
+
+    Without nvidia there is nothing, without nvidia-uvm no computing. Mode setting is more than most who ask for
+    `display` use; a driver without it is no reason not to start.
+    """
+    program = kmods.modprobe(config) if modprobe is None else modprobe
+    for module in missing if program else ():
+        try:
+            kmods.load(module, program)
+        except DeviceError as error:
+            if module != "nvidia-modeset":
+                raise
+            warnings.append(str(error))
+    return gpus.read(config.proc_root)
+
+
+def _refuse_tegra(config: Config) -> None:
+    """A Tegra's integrated GPU has another driver, whose files differ from board to board."""
+    signs = (
+        (os.path.join(config.driver_root, "etc/nv_tegra_release"), ""),
+        (os.path.join(config.proc_root, "sys/devices/soc0/family"), "tegra"),
+    )
+    for path, start in signs:
+        try:
+            with open(path, encoding="utf-8", errors="replace") as file:
+                is_tegra = file.read(64).lower().startswith(start)
+        except OSError:
+            continue
+        if is_tegra:
+            raise DriverError(
+                f"this is a Tegra, as `{path}` says, and its integrated GPU is not supported",
+                "use NVIDIA's container toolkit on this host",
+            )

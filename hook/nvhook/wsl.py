@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: Apache-2.0
+"""WSL 2: Linux in a virtual machine of Windows, whose driver it uses through one node, /dev/dxg.
+
+    /usr/lib/wsl/drivers/<store>/      Windows' driver store: the driver's libraries and nvidia-smi for Linux
+    /usr/lib/wsl/lib/libdxcore.so      Microsoft's way through /dev/dxg, which finds the store by this very path
+
+There is no kernel module of NVIDIA's, no /proc/driver/nvidia, no MIG and no node for one GPU alone. Which store belongs
+to an adapter is known to libdxcore.so; no library of a driver is loaded here, so of several with NVIDIA's libraries the
+newest counts. All of it stays in its place, because the libraries look for each other there.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+
+from .config import CAPABILITIES
+from .driver import Binary, Driver, File, Library
+from .errors import DriverError
+from .gpus import Gpus
+from .linux.root import DIRECTORY, Root
+
+_STORES = "/usr/lib/wsl/drivers"
+_DXCORE = "/usr/lib/wsl/lib/libdxcore.so"
+_CUDA = "libcuda.so.1.1"  # the file name is Windows' choice, and no version
+_SMI = "nvidia-smi"
+
+
+def find(driver_root: str, dev_root: str) -> Gpus | None:
+    """None on another kind of host. DriverError where Windows has no driver of NVIDIA's."""
+    try:
+        status = os.stat(os.path.join(dev_root, "dev/dxg"))
+    except OSError:
+        return None
+    if not stat.S_ISCHR(status.st_mode):
+        return None
+    stores = _stores(driver_root)
+    if not stores:
+        raise DriverError(
+            f"this is WSL 2, as `/dev/dxg` says, and no directory below `{_STORES}` has {_CUDA}",
+            "install NVIDIA's driver in Windows, and none in WSL; then `wsl --shutdown`",
+        )
+    owner = (status.st_uid, status.st_gid, stat.S_IMODE(status.st_mode))
+    return Gpus(stores[-1], [], {}, owner, (os.major(status.st_rdev), os.minor(status.st_rdev)))
+
+
+def is_store(version: str) -> bool:
+    """Whether Gpus.driver_version is a store's name, such as nv_dispi.inf_amd64_2e6a2c1f6d8b3e4a."""
+    return not version.replace(".", "").isdecimal()
+
+
+def discover(driver_root: str, store: str) -> Driver:
+    """The driver of that store. Every capability has all of it: Windows' driver has no parts."""
+    from . import discovery  # pyelftools, once per driver
+
+    root = Root(os.open(driver_root, DIRECTORY))
+    directory = f"{_STORES}/{store}"
+    libraries, binaries, files = [], [], []
+    for path in [*(f"{directory}/{name}" for name in _names(root, directory)), _DXCORE]:
+        name = os.path.basename(path)
+        real, header = discovery.examine(root, path)
+        if header is not None and header.kind == "shared":
+            # libcuda_loader.so, which Windows copies to lib/libcuda.so.1, may go by that name here too.
+            soname = header.soname if header.soname and name.startswith(header.soname.partition("so")[0]) else ""
+            libraries.append(Library(real, soname, header.bits, (), CAPABILITIES, os.path.dirname(path)))
+        elif header is not None and name == _SMI:
+            binaries.append(Binary(real, name, "utility"))
+        elif real and name.endswith((".bin", ".dll")):
+            files.append(File(real, path, CAPABILITIES))
+    os.close(root.fd)
+    return Driver(store, libraries, binaries, files)
+
+
+def _stores(driver_root: str) -> list[str]:
+    """Names of those with NVIDIA's libraries, the newest last."""
+    try:
+        root = Root(os.open(driver_root, DIRECTORY))
+    except OSError:
+        return []
+    found = []
+    for name in _names(root, _STORES):
+        try:
+            fd = root.open(f"{_STORES}/{name}/{_CUDA}")
+        except OSError:
+            continue
+        found.append((os.fstat(fd).st_mtime_ns, name))
+        os.close(fd)
+    os.close(root.fd)
+    return [name for _, name in sorted(found)]
+
+
+def _names(root: Root, directory: str) -> list[str]:
+    try:
+        fd = root.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    except OSError:
+        return []
+    try:
+        return sorted(os.listdir(fd))
+    finally:
+        os.close(fd)
