@@ -177,3 +177,17 @@ def test_node_that_cannot_be_made_is_a_warning(tmp_path: Path) -> None:
     kmods.make_nodes(_config(tmp_path), NODES, warnings)
     assert set(_made(tmp_path)) == {"nvidia0", "nvidiactl", "nvidia-uvm"}
     assert warnings == [f"make `{tmp_path}/dev/nvidia-caps/nvidia-cap1` on the host: file exists"]
+
+
+@pytest.mark.root
+def test_no_nodes_in_a_dev_of_another_host(tmp_path: Path) -> None:
+    """The /proc of a simulated host says nothing about this machine's /dev."""
+    settings = tmp_path / "config.toml"
+    settings.write_text(f"nvhook.proc-root = '{tmp_path}'\n")
+    path = "/dev/nvidia-of-nvhook-tests"
+    try:
+        kmods.make_nodes(config.load(str(settings)), [_node(path, 195, 77)], [])
+        assert not os.path.lexists(path)
+    finally:
+        if os.path.lexists(path):
+            os.unlink(path)

@@ -16,7 +16,7 @@ import os
 import stat
 
 from .errors import DeviceError, reason
-from .linux import child, userns
+from .linux import userns
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -43,6 +43,8 @@ def modprobe(config: Config) -> str:
 
 def load(module: str, program: str) -> None:
     """Run `program` for `module`, and wait; DeviceError with the last line that it printed."""
+    from .linux import child  # hardly ever: once after a boot
+
     output, theirs = os.pipe2(os.O_CLOEXEC)
     streams = [
         (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
@@ -76,7 +78,9 @@ def make_nodes(config: Config, nodes: Sequence[Device], warnings: list[str]) -> 
         for path, node in ((os.path.join(config.dev_root, node.path.lstrip("/")), node) for node in nodes)
         if node.path.startswith("/dev/nvidia") and not os.path.lexists(path)
     ]
-    if not missing or not _is_allowed(config) or not _may_modify(config.proc_root):
+    # The numbers are those of the /proc that was read: a /dev that goes with another one is left alone.
+    is_one_host = config.dev_root != "/" or config.proc_root == "/"
+    if not missing or not is_one_host or not _is_allowed(config) or not _may_modify(config.proc_root):
         return
     umask = os.umask(0o022)
     try:
