@@ -5,8 +5,9 @@ Real containers are started with runc and crun (whichever are there), their imag
 What each sees is compared with what the host sees, a CUDA program compiled on the spot computes in a container, and
 the host's mount table and files are compared before and after. One line a check; exit 1 if one fails.
 
-Needs busybox (static), pyelftools and nvidia-ml-py in build/packages (scripts/setup) or NVHOOK_PACKAGES, and nvcc for
-the CUDA program.
+Needs busybox (static), what scripts/setup puts into build/packages (or NVHOOK_PACKAGES), and nvcc for the CUDA program.
+With --loaders DIR, where the loaders of Vulkan and EGL are unpacked (libvulkan1, libegl1, libglvnd0, libx11-6, libxext6
+and what they need, of Debian or Ubuntu), a program looks for the GPU through them, in an image that has them.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from containers import REPOSITORY, Bundle, add_program, make_image
+from containers import REPOSITORY, TRIPLET, Bundle, add_program, make_image
 
 # What a start could leave behind, or change by mistake: every place that edits are aimed at, as the host has it.
 _WATCHED = ("/dev", "/etc", "/usr/bin", "/usr/sbin", "/usr/lib", "/lib64", "/usr/local/nvidia", "/var/lib", "/opt")
@@ -67,8 +68,11 @@ class Proof:
         path.write_text("\n".join(lines) + "\n")
         return path
 
-    def start(self, image: Path, runtime: str, script: str, devices: str | None) -> subprocess.CompletedProcess[str]:
-        env = {} if devices is None else {"NVIDIA_VISIBLE_DEVICES": devices}
+    def start(
+        self, image: Path, runtime: str, script: str, devices: str | None, **env: str
+    ) -> subprocess.CompletedProcess[str]:
+        if devices is not None:
+            env["NVIDIA_VISIBLE_DEVICES"] = devices
         bundle = self.bundle(image).write(["/bin/sh", "-c", script], env)
         return bundle.run(self.config_for(runtime), runtime=runtime, wrapper=self.wrapper)
 
@@ -132,6 +136,28 @@ def prove_proc(proof: Proof, runtime: str, image: Path, host_list: str) -> None:
     sources = [directory / "version", *(directory / "gpus" / address / "information" for address in addresses)]
     holds = result.stdout == "".join(path.read_text() for path in sources)
     proof.check(f"{name}: what it reads there is the host's", holds=holds, shown=result.stdout + result.stderr)
+
+
+def prove_drawing(proof: Proof, runtime: str, image: Path) -> None:
+    """With `graphics` the loaders in the image find the driver: JSON, libraries and nodes. Without it they do not."""
+    name = Path(runtime).name
+    result = proof.start(image, runtime, "draw", "all", NVIDIA_DRIVER_CAPABILITIES="graphics")
+    print("      " + result.stdout.strip().replace("\n", "\n      "))
+    proof.check(f"{name}: Vulkan and EGL find the GPU", holds=result.returncode == 0, shown=result.stderr)
+    result = proof.start(image, runtime, "draw", "all", NVIDIA_DRIVER_CAPABILITIES="utility")
+    proof.check(f"{name}: without `graphics` they do not", holds=result.returncode == 1, shown=result.stdout)
+
+
+def prove_requirements(proof: Proof, runtime: str, image: Path) -> None:
+    """What an image requires is held against the real GPU: by the driver's version, and by what NVML tells."""
+    name = Path(runtime).name
+    result = proof.start(image, runtime, "true", "all", NVIDIA_REQUIRE_X="cuda>=9.0 arch>=3.0,brand=x")
+    proof.check(f"{name}: a requirement that holds", holds=result.returncode == 0, shown=result.stderr)
+    for expression in ("arch>=99.0", "brand=nosuchbrand", "cuda>=99.0", "driver<1"):
+        result = proof.start(image, runtime, "true", "all", NVIDIA_REQUIRE_X=expression)
+        holds = result.returncode == 1 and f"image needs `{expression}`" in result.stderr
+        proof.check(f"{name}: `{expression}` is refused", holds=holds, shown=result.stdout + result.stderr)
+        print(f"      {result.stderr.strip().partition('requirement error: ')[2]}")
 
 
 def prove_hook_alone(proof: Proof, runtime: str, image: Path, host_list: str) -> None:
@@ -281,6 +307,19 @@ def compile_cuda(place: Path) -> Path | None:
     return program
 
 
+def make_image_with_loaders(image: Path, loaders: Path, place: Path) -> Path:
+    program = place / "draw"
+    subprocess.run(["cc", "-O2", "-o", str(program), str(Path(__file__).with_name("draw.c")), "-ldl"], check=True)
+    made = place / "image-loaders"
+    shutil.copytree(image, made, symlinks=True)
+    for path in sorted(loaders.rglob("*.so*")):
+        target = made / "usr/lib" / TRIPLET / path.name
+        if not target.exists() and not target.is_symlink():
+            shutil.copy(path, target, follow_symlinks=False)
+    add_program(made, program)
+    return made
+
+
 def make_config(place: Path) -> Path:
     path = place / "config.toml"
     path.write_text(f'[nvidia-container-runtime]\nruntimes = ["runc"]\n[nvhook]\nstate-dir = "{place}/state"\n')
@@ -299,6 +338,7 @@ def main() -> int:
     parser.add_argument("--host-list", default="nvidia-smi -L", help="the command that lists the host's GPUs")
     parser.add_argument("--runtime", action="append", help="runc and crun, if they are there; repeatable")
     parser.add_argument("--rounds", type=int, default=20, help="starts of each kind that are timed")
+    parser.add_argument("--loaders", type=Path, help="a directory with Vulkan's and EGL's loaders, unpacked")
     parser.add_argument("--no-cuda", action="store_true", help="leave the CUDA program out, on a simulated host")
     options = parser.parse_args()
     runtimes = options.runtime or [path for path in map(shutil.which, ("runc", "crun")) if path]
@@ -318,6 +358,8 @@ def main() -> int:
         program = None if options.no_cuda else compile_cuda(place)
         if program:
             add_program(images["debian"], program)
+        if options.loaders:
+            images["loaders"] = make_image_with_loaders(images["debian"], options.loaders, place)
         for runtime in runtimes:
             steps: list[Callable[[], None]] = [
                 lambda r=runtime: prove_runtime(proof, r, images, host_list, program is not None),  # type: ignore[misc]
@@ -325,6 +367,10 @@ def main() -> int:
                 lambda r=runtime: prove_hook_alone(proof, r, images["debian"], host_list),  # type: ignore[misc]
                 lambda r=runtime: prove_user_namespace(proof, r, images["debian"], host_list),  # type: ignore[misc]
             ]
+            if "loaders" in images:
+                steps.append(lambda r=runtime: prove_drawing(proof, r, images["loaders"]))  # type: ignore[misc]
+            if not options.no_cuda:
+                steps.append(lambda r=runtime: prove_requirements(proof, r, images["debian"]))  # type: ignore[misc]
             for step in steps:
                 step()
         if shutil.which("dockerd"):
