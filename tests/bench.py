@@ -73,7 +73,7 @@ class Bench:
         config = self.place / f"{name}.toml"
         if not config.exists():
             build(HOSTS / f"{name}.json", self.place / name)
-            configure(self.place / name, config, self.place / f"{name}-state")
+            configure(self.place / name, config, self.place / f"{name}-state", runtime=self.low_level)
         return config
 
     def plain(self, image: Path | None = None) -> Side:
@@ -284,7 +284,7 @@ def memory(bench: Bench, config: Path, _peer: str) -> list[Result]:
     program.write_text("#!/bin/sh\nexit 0\n")
     program.chmod(0o755)
     settings = bench.place / "memory.toml"
-    settings.write_text(config.read_text().replace('runtimes = ["runc"]', f'runtimes = ["{program}"]'))
+    settings.write_text(config.read_text().replace(f'runtimes = ["{bench.low_level}"]', f'runtimes = ["{program}"]'))
     peak = _peak_of_wrapper(bench, settings)
     results = [
         Result("memory-wrapper", "peak memory of the wrapper", peak, " MB", 20, "its interpreter, with a request")
@@ -358,7 +358,8 @@ def main() -> int:
 def _real(bench: Bench) -> Path:
     config = bench.place / "real.toml"
     config.write_text(
-        f'[nvidia-container-runtime]\nruntimes = ["runc"]\n[nvhook]\nstate-dir = "{bench.place}/real-state"\n'
+        f'[nvidia-container-runtime]\nruntimes = ["{bench.low_level}"]\n'
+        f'[nvhook]\nstate-dir = "{bench.place}/real-state"\n'
     )
     return config
 

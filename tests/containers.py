@@ -213,7 +213,7 @@ def cgroups(version: int) -> tuple[str, ...]:
     through: tuple[str, ...] = ()
     if version == 2 and not is_unified:
         through = own_mounts("umount -R /sys/fs/cgroup 2>/dev/null || :\nmount -t cgroup2 none /sys/fs/cgroup")
-    reason = why_not("runc", through)
+    reason = why_not(shutil.which("runc") or "runc", through)
     if reason:
         raise LookupError(f"cgroup v{version} cannot be used on this machine: {reason}")
     return through
