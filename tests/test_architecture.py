@@ -208,7 +208,7 @@ settings = config.load(sys.argv[2])
 asked = request.read(described, settings)
 warnings = []
 if asked:
-    prestart.prepare(settings, asked, Container, warnings)
+    prestart.prepare(settings, asked, Container.root, Container.layout, warnings)
 assert not warnings, warnings
 names()
 """

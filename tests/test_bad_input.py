@@ -421,7 +421,8 @@ def test_several_at_once_without_inventory(shop: Workshop, count: int) -> None:
         for bundle in bundles:
             bundle.delete()
     assert said == [(BOTH, "")] * count
-    assert sorted(os.listdir(state)) == ["containers", "inventory.json"]
+    assert sorted(os.listdir(state)) == ["containers", "inventory.json", "standby"]
+    assert os.listdir(state / "standby") == []
     assert os.listdir(state / "containers") == []
 
 

@@ -27,12 +27,13 @@ def _find(
     brands: Callable[[], set[str]] = lambda: {"tesla"},
     warnings: list[str] | None = None,
     settings: Path = Path("/nonexistent"),
+    driver: str = HOST,
 ) -> str:
     request = Request(("all",), tuple(capabilities.split()), (), "")
     root = Root(os.open(rootfs, DIRECTORY))
     said: list[str] = []
     try:
-        return compat.find(config.load(str(settings)), request, root, HOST, brands, said)
+        return compat.find(config.load(str(settings)), request, root, driver, brands, said)
     finally:
         os.close(root.fd)
         assert said == (warnings or [])
@@ -229,3 +230,11 @@ def test_find_names_of_the_root_itself(tmp_path: Path) -> None:
     assert compat._path(root, here) == str(tmp_path)
     os.close(here)
     os.close(root.fd)
+
+
+def test_find_for_a_driver_without_a_number(rootfs: Path) -> None:
+    """On WSL 2 it has the name of its store."""
+    for name in ("libcuda.so.560.35.05", "libcuda.so.1"):
+        (rootfs / COMPAT / name).touch()
+    assert _find(rootfs) == f"/{COMPAT}"
+    assert _find(rootfs, driver="nv_dispi.inf_amd64", brands=_never) == ""

@@ -26,6 +26,7 @@ printf '%s\\0' "$@" >"${0%/*}/arguments"; exec /usr/bin/env -0 >"${0%/*}/environ
 # In the place of the interpreter: tells that it was asked.
 NO_PYTHON = "#!/bin/sh\necho 'python was started'; exit 42\n"
 
+STANDBY_HOOK = WRAPPER.parent / "standby/nvidia-container-runtime-hook"
 HOOK_ENTRY = {
     "path": str(HOOK),
     "args": ["nvidia-container-runtime-hook", "--config", "{config}", "prestart"],
@@ -61,7 +62,9 @@ class Place:
         self.spec = self.bundle / "config.json"
 
     def configure(self, text: str) -> None:
-        self.config.write_text(f"{text}\n[nvhook]\nproc-root = '{self.directory}'\n")
+        self.config.write_text(
+            f"{text}\n[nvhook]\nproc-root = '{self.directory}'\nstate-dir = '{self.directory}/state'\n"
+        )
 
     def write(self, document: object | None = None, *, env: dict[str, str] | None = None, **more: object) -> None:
         """config.json: `document`, or a small one with this environment."""
@@ -111,11 +114,15 @@ class Place:
         return dict(word.split("=", 1) for word in words)
 
     def hook(self) -> dict[str, Any]:
+        """The one that wakes the process that stands by, where there may be one."""
         arguments = [word.format(config=self.config) for word in HOOK_ENTRY["args"]]
-        return {**HOOK_ENTRY, "args": arguments}
+        if os.geteuid() != 0:
+            return {**HOOK_ENTRY, "args": arguments}
+        arguments[1:1] = ["--standby", f"{self.directory}/state/standby/name"]
+        return {**HOOK_ENTRY, "path": str(STANDBY_HOOK), "args": arguments}
 
     def hooks(self) -> dict[str, Any]:
-        after = ["nvidia-container-runtime-hook", "--state-dir", "/run/nvhook", "poststop"]
+        after = ["nvidia-container-runtime-hook", "--state-dir", f"{self.directory}/state", "poststop"]
         return {"prestart": [self.hook()], "poststop": [{**HOOK_ENTRY, "args": after}]}
 
 

@@ -47,8 +47,9 @@ def find(
         return ""
     finally:
         os.close(directory)
-    # Of several versions the linker may take any: the oldest decides.
-    if not majors or min(majors) <= int(version.partition(".")[0]):
+    driver = version.partition(".")[0]
+    # Of several versions the linker may take any: the oldest decides. On WSL 2 the driver has a name for a version.
+    if not majors or not driver.isdecimal() or min(majors) <= int(driver):
         return ""
     unable = sorted(brand for brand in brands() if brand.startswith(_UNABLE))
     if unable:

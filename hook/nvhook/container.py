@@ -25,6 +25,9 @@ class Layout:
         self.libraries32 = libraries32
         self.binaries = binaries
 
+    def describe(self) -> tuple[str, str, str]:
+        return self.libraries, self.libraries32, self.binaries
+
 
 class Container:
     """Descriptors of one container; `rootfs` is the root filesystem's path on the host, for messages and ldconfig.

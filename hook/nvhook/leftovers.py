@@ -195,8 +195,13 @@ def identity(status: os.stat_result) -> list[int]:
     return [status.st_ino, status.st_size, status.st_mtime_ns]
 
 
+def is_name(text: str) -> bool:
+    """Whether a container can be called so, and a file as well."""
+    return bool(text) and not text.startswith((".", "-")) and _ID_CHARACTERS.issuperset(text)
+
+
 def _file_name(state: State) -> str:
-    if not state.id or state.id.startswith(".") or not _ID_CHARACTERS.issuperset(state.id):
+    if not is_name(state.id):
         raise SpecError(f"`{state.id}` is not a container's name")
     return state.id
 

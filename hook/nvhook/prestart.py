@@ -37,6 +37,8 @@ if TYPE_CHECKING:
 
     from .config import Config
     from .container import Container
+    from .gpus import Gpus, Selection
+    from .linux.root import Root
     from .request import Request
 
 
@@ -45,14 +47,32 @@ def prestart(config: Config, warnings: list[str]) -> None:
     state = spec.read_state(sys.stdin.fileno())
     described = spec.parse(spec.read_config(state.bundle)[0], state.bundle)
     asked = request.read(described, config, warnings)
-    if asked is None:
-        return
+    if asked is not None:
+        serve(config, described, asked, state, None, warnings)
+
+
+def serve(
+    config: Config,
+    described: spec.Spec,
+    asked: Request,
+    state: spec.State,
+    ahead: Preparation | None,
+    warnings: list[str],
+    *,
+    is_allowed: bool = False,
+) -> None:
+    """Give it to the container of `state`. What was prepared `ahead` of it is used if the container is as expected.
+
+    `is_allowed`: its device cgroup needs no change, because the wrapper has written the rules that it takes.
+    """
     container = containers.find(state, described)
-    edits = prepare(config, asked, container, warnings)
+    if ahead is None or not ahead.fits(config, asked, container.root, container.layout):
+        ahead = prepare(config, asked, container.root, container.layout, warnings)
+    edits = ahead.edits
     for edit in edits:
         edit.examine(container)
     notes = _notes(config, state, warnings)
-    undo_access = _allow(edits, described, config, container)
+    undo_access = _nothing if is_allowed else _allow(edits, described, config, container)
     try:
         container.enter()
         editing.apply(edits, container)
@@ -87,11 +107,50 @@ def _note(
         warnings.append(f"note what to clean up: {reason(error)}; empty files will stay in the container's layer")
 
 
-def prepare(config: Config, asked: Request, container: Container, warnings: list[str]) -> list[editing.Edit]:
-    """The edits, their sources open. An inventory that names a file which has gone is made again, once."""
-    gpus = host.read(config, asked, warnings)
-    chosen = selection.choose(config, asked, gpus, warnings)
-    compatible = compat.find(config, asked, container.root, gpus.driver_version, chosen.brands, warnings)
+class Preparation:
+    """`edits` with their sources open, made for a root filesystem that may turn out to be another one."""
+
+    __slots__ = ("_brands", "_compat", "_layout", "_version", "edits")
+
+    def __init__(
+        self,
+        edits: list[editing.Edit],
+        layout: containers.Layout,
+        compatible: str,
+        version: str,
+        brands: Callable[[], set[str]],
+    ) -> None:
+        self.edits = edits
+        self._layout = layout
+        self._compat = compatible
+        self._version = version
+        self._brands = brands
+
+    def fits(self, config: Config, asked: Request, root: Root, layout: containers.Layout) -> bool:
+        """Whether the plan would be the same for this one."""
+        compatible = compat.find(config, asked, root, self._version, self._brands, [])
+        return layout.describe() == self._layout.describe() and compatible == self._compat
+
+
+def prepare(
+    config: Config,
+    asked: Request,
+    root: Root,
+    layout: containers.Layout,
+    warnings: list[str],
+    *,
+    found: tuple[Gpus, Selection] | None = None,
+) -> Preparation:
+    """All that is done on the host. An inventory that names a file which has gone is made again, once.
+
+    `found`: what the caller has found out about the GPUs for this request.
+    """
+    if found:
+        gpus, chosen = found
+    else:
+        gpus = host.read(config, asked, warnings)
+        chosen = selection.choose(config, asked, gpus, warnings)
+    compatible = compat.find(config, asked, root, gpus.driver_version, chosen.brands, warnings)
     for again in (False, True):
         driver = inventory.load(config, gpus.driver_version, warnings, again=again)
         edits = plan.make(
@@ -99,7 +158,7 @@ def prepare(config: Config, asked: Request, container: Container, warnings: list
             chosen.gpus,
             gpus,
             driver,
-            container.layout,
+            layout,
             dri_nodes=dri.find(config, asked, chosen.gpus),
             sockets=sockets.find(config.driver_root),
             proc=procfs.read(config.proc_root),
@@ -109,7 +168,7 @@ def prepare(config: Config, asked: Request, container: Container, warnings: list
         kmods.make_nodes(config, [edit for edit in edits if isinstance(edit, editing.Device)], warnings)
         try:
             _prepare(edits, config)
-            return edits
+            return Preparation(edits, layout, compatible, gpus.driver_version, chosen.brands)
         except editing.SourceGone as gone:
             lost = str(gone)
     raise DriverError(f"`{lost}` disappeared while the container was prepared", "reinstall the driver")
@@ -130,7 +189,7 @@ def _allow(edits: list[editing.Edit], described: spec.Spec, config: Config, cont
         edit for edit in edits if isinstance(edit, editing.Device) and not described.allows(edit.major, edit.minor)
     ]
     if not missing or config.no_cgroups or container.rootless:
-        return lambda: None
+        return _nothing
     from .linux import cgroups  # only where there was no wrapper
 
     try:
@@ -143,3 +202,7 @@ def _allow(edits: list[editing.Edit], described: spec.Spec, config: Config, cont
             f"allow {', '.join(edit.path for edit in missing)} in the device cgroup: {why}",
             "start the container with --runtime=nvidia, which writes the rules into its configuration",
         ) from None
+
+
+def _nothing() -> None:
+    """Nothing was changed, and nothing is to be taken back."""

@@ -95,6 +95,11 @@ def read_state(fd: int, *, is_alive: bool = True) -> State:
         content += chunk
         if len(content) > _MAX_STATE:
             raise SpecError(f"read the container's state: more than {_MAX_STATE} bytes on stdin")
+    return parse_state(content, is_alive=is_alive)
+
+
+def parse_state(content: bytes, *, is_alive: bool = True) -> State:
+    """As read_state, for what was read from its stdin."""
     try:
         state = quickjson.loads(content)
     except (ValueError, RecursionError) as error:

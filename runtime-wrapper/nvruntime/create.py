@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 
 # What the hook's process finds in its environment: nothing of the image's, and never nothing at all, because an
 # empty list means to some runtimes that the hook inherits theirs (CVE-2025-23266).
+_STANDBY_HOOK = os.path.join(
+    os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "standby/nvidia-container-runtime-hook"
+)
 HOOK_ENV = ["PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"]
 
 
@@ -86,8 +89,12 @@ def edit(arguments: list[str], hook: str, config: Config, warnings: list[str]) -
         return
     from nvhook import caps, dri, features, host, kmods, plan, selection  # only for a container that asks
 
+    from . import standby
+
     gpus = host.read(config, asked, warnings)
     chosen = selection.choose(config, asked, gpus, warnings)
+    task = standby.Task(config, described, asked, gpus, chosen, bundle=place, id=arguments[-1])
+    standby_place = standby.leave(task)
     extras = [caps.find(config, asked, chosen, gpus), features.find(config, asked, warnings)]
     nodes = plan.devices(asked, chosen.gpus, gpus, dri.find(config, asked, chosen.gpus), extras)
     kmods.make_nodes(config, nodes, warnings)
@@ -96,7 +103,10 @@ def edit(arguments: list[str], hook: str, config: Config, warnings: list[str]) -
     if not config.no_additional_gids:
         bundle.add_groups(document, [node.gid for node in nodes if node.needs_group()])
     which = ["--config", os.path.abspath(config.path)] if config.path else []
-    bundle.add_hook(document, "prestart", hook, which, HOOK_ENV)
+    if standby_place:
+        bundle.add_hook(document, "prestart", _STANDBY_HOOK, ["--standby", standby_place, *which], HOOK_ENV)
+    else:
+        bundle.add_hook(document, "prestart", hook, which, HOOK_ENV)
     bundle.add_hook(document, "poststop", hook, ["--state-dir", config.state_dir], HOOK_ENV)
     bundle.write(place, document, status)
 

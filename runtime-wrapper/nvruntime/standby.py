@@ -1,0 +1,220 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A process of the wrapper's that stands by while the low-level runtime makes the container.
+
+The wrapper has read everything already, and the runtime takes its time: so a child of the wrapper makes the plan and
+opens its sources meanwhile, and the hook, a few lines of sh, wakes it when the container is there. That saves an
+interpreter, and reading everything again.
+
+What connects the two is a directory below the state directory, for root alone:
+
+    wake     FIFO: the hook writes the container's state, one line
+    answer   FIFO: the exit status, then what is to be said, a line each
+    lock     held by this process until it has answered, or is gone
+
+It fails safely: the kernel ends the lock with the process, and a hook that gets no answer does the work by itself.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import select
+import signal
+import time
+
+from nvhook import leftovers, spec
+from nvhook.errors import NvhookError, SpecError
+from nvhook.linux import userns
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from nvhook.config import Config
+    from nvhook.gpus import Gpus, Selection
+    from nvhook.prestart import Preparation
+    from nvhook.request import Request
+
+_DIRECTORY = "standby"
+_NAMES = ("wake", "answer", "lock")
+_FLOCK = "/usr/bin/flock"  # what the hook waits with
+_SECONDS = 60  # for everything: then SIGALRM ends it, and the hook begins anew
+_MAX_STATE = 1 << 20
+_MAX_ANSWER = 32 << 10  # bytes; a pipe takes 64 KiB without a reader
+
+
+class Task:
+    """One container: what the wrapper has found out about it. `bundle` is the directory of its config.json."""
+
+    __slots__ = ("asked", "bundle", "chosen", "config", "described", "gpus", "id")
+
+    def __init__(
+        self,
+        config: Config,
+        described: spec.Spec,
+        asked: Request,
+        gpus: Gpus,
+        chosen: Selection,
+        *,
+        bundle: str,
+        id: str,  # noqa: A002 - OCI's name
+    ) -> None:
+        self.config = config
+        self.described = described
+        self.asked = asked
+        self.gpus = gpus
+        self.chosen = chosen
+        self.bundle = bundle
+        self.id = id
+
+
+def leave(task: Task) -> str:
+    """Start it; its directory for the hook, or empty where there can be none and the hook works alone.
+
+    Not in a user namespace: root there may not write where the state is.
+    """
+    if os.geteuid() != 0 or not userns.is_first() or not os.access(_FLOCK, os.X_OK):
+        return ""
+    if not leftovers.is_name(task.id):
+        return ""
+    parent = os.path.join(task.config.state_dir, _DIRECTORY)
+    place = os.path.join(parent, task.id)
+    try:
+        if os.path.lexists(place) and _is_over(place):
+            _remove(place)  # of a process that was killed
+        ends = _make(parent, place)
+    except OSError:
+        return ""
+    runtime = os.getpid()  # what this process becomes
+    first = os.fork()
+    if first:
+        for fd in ends:
+            os.close(fd)
+        os.waitpid(first, 0)
+        return place
+    try:
+        if not os.fork():  # the low-level runtime shall have no child that it does not know
+            _stand_by(task, place, ends, runtime)
+    finally:
+        os._exit(0)
+
+
+def _make(parent: str, place: str) -> list[int]:
+    """Descriptors of wake, answer and lock."""
+    os.makedirs(parent, mode=0o755, exist_ok=True)
+    os.mkdir(place, 0o700)
+    for name in _NAMES[:2]:
+        os.mkfifo(f"{place}/{name}", 0o600)
+    ends = [os.open(f"{place}/{name}", os.O_RDWR | os.O_CLOEXEC) for name in _NAMES[:2]]
+    ends.append(os.open(f"{place}/{_NAMES[2]}", os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
+    fcntl.flock(ends[2], fcntl.LOCK_EX)
+    return ends
+
+
+def _stand_by(task: Task, place: str, ends: list[int], runtime: int) -> None:
+    """Prepare, wait, serve, answer. Unasked it ends with the runtime."""
+    os.setsid()
+    signal.alarm(_SECONDS)
+    _only(ends)
+    wake, answer, _lock = ends
+    over = os.pidfd_open(runtime)
+    said: list[str] = []
+    ahead, fault = _prepare(task, said)
+    sweep(os.path.dirname(place), but=os.path.basename(place))
+    woken = wake in select.select([wake, over], [], [])[0]
+    # The hook has opened what it needs. From here on there is no name of ours, whatever becomes of us.
+    _remove(place)
+    if not woken:
+        return
+    status = 0
+    try:
+        _serve(task, wake, ahead, fault, said)
+    except SpecError:
+        return  # another container than was thought: the hook reads all of it itself
+    except NvhookError as error:
+        status = 1
+        said.append(str(error))
+    text = "".join(f"nvidia-container-runtime-hook: {line}\n" for line in said)
+    os.write(answer, f"{status}\n{text}".encode(errors="backslashreplace")[:_MAX_ANSWER])
+
+
+def _only(kept: list[int]) -> None:
+    """Nothing of the wrapper's stays open: its engine waits for the end of its streams."""
+    null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
+    for fd in (0, 1, 2):
+        os.dup2(null, fd)
+    begin = 3
+    for fd in sorted(kept):
+        os.closerange(begin, fd)
+        begin = fd + 1
+    os.closerange(begin, 1 << 16)
+    os.chdir("/")
+
+
+def _prepare(task: Task, said: list[str]) -> tuple[Preparation | None, NvhookError | None]:
+    """What can be done ahead, for the root filesystem as it is now; or the fault, to be told when somebody asks."""
+    from nvhook import container, prestart
+    from nvhook.linux.root import DIRECTORY, Root
+
+    warnings: list[str] = []
+    try:
+        root = Root(os.open(task.described.rootfs, DIRECTORY))
+        found = task.gpus, task.chosen
+        return prestart.prepare(task.config, task.asked, root, container.layout(root), warnings, found=found), None
+    except OSError:
+        return None, None  # the runtime says what is wrong with it
+    except NvhookError as error:
+        return None, error
+    finally:
+        said += [f"warning: {warning}" for warning in warnings]
+
+
+def _serve(task: Task, wake: int, ahead: Preparation | None, fault: NvhookError | None, said: list[str]) -> None:
+    from nvhook import prestart
+
+    content = b""
+    while b"\n" not in content and len(content) < _MAX_STATE:
+        content += os.read(wake, _MAX_STATE)
+    state = spec.parse_state(content)
+    if os.path.realpath(state.bundle) != os.path.realpath(task.bundle):
+        raise SpecError(f"`{state.bundle}` is not `{task.bundle}`")
+    if fault:
+        raise fault
+    warnings: list[str] = []
+    try:
+        prestart.serve(task.config, task.described, task.asked, state, ahead, warnings, is_allowed=True)
+    finally:
+        said += [f"warning: {warning}" for warning in warnings]
+
+
+def sweep(parent: str, *, but: str = "") -> None:
+    """Remove the directories in `parent` whose process was killed: nobody holds their lock."""
+    for name in os.listdir(parent):
+        place = os.path.join(parent, name)
+        try:
+            if name != but and _is_over(place):
+                _remove(place)
+        except OSError:
+            continue  # removed by its own process, or by another start
+
+
+def _is_over(place: str) -> bool:
+    try:
+        fd = os.open(f"{place}/{_NAMES[2]}", os.O_RDWR | os.O_CLOEXEC)
+    except FileNotFoundError:
+        # It is being made, or removed, or its maker was killed in between.
+        return time.time() - os.stat(place).st_mtime > _SECONDS
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return True
+    except BlockingIOError:
+        return False
+    finally:
+        os.close(fd)
+
+
+def _remove(place: str) -> None:
+    for name in _NAMES:
+        try:
+            os.unlink(f"{place}/{name}")
+        except FileNotFoundError:
+            continue
+    os.rmdir(place)
