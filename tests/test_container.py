@@ -240,8 +240,9 @@ def test_enter_makes_files_as_the_container_root(rootfs: Path, in_userns: bool) 
 
     def hook(pid: int) -> None:
         container = found(pid, str(rootfs))
+        namespace = os.stat("ns/mnt", dir_fd=container.proc)
         container.enter()
-        assert os.path.samestat(os.stat("/proc/self/ns/mnt"), os.stat("ns/mnt", dir_fd=container.proc))
+        assert os.path.samestat(os.stat("/proc/self/ns/mnt"), namespace)
         os.mkdir("theirs", dir_fd=container.root.fd)
         container.be_host()
         os.mkdir("ours", dir_fd=container.root.fd)
@@ -254,6 +255,28 @@ def test_enter_makes_files_as_the_container_root(rootfs: Path, in_userns: bool) 
     theirs, ours = ((rootfs / name).stat() for name in ("theirs", "ours"))
     assert (theirs.st_uid, theirs.st_gid) == ids
     assert (ours.st_uid, ours.st_gid) == (0, 0)
+
+
+@pytest.mark.root
+@pytest.mark.parametrize("caller", ["root", "with-less"])
+def test_enter_keeps_the_capabilities_that_are_needed(rootfs: Path, caller: str) -> None:
+    """And no more than the caller had; nothing is inherited, and nothing comes back."""
+    needed = {"CHOWN", "DAC_OVERRIDE", "FOWNER", "MKNOD", "NET_ADMIN", "SETGID", "SETPCAP", "SETUID", "SYS_ADMIN"}
+    expected = sum(1 << int(getattr(kernel, f"CAP_{name}")) for name in needed | {"SYS_CHROOT"})
+
+    def hook(pid: int) -> None:
+        container = found(pid, str(rootfs))
+        allowed = expected
+        if caller == "with-less":
+            allowed = 1 << kernel.CAP_SYS_ADMIN | 1 << kernel.CAP_SYS_CHROOT
+            kernel.keep_capabilities(kernel.CAP_SYS_ADMIN, kernel.CAP_SYS_CHROOT, 19)  # 19: SYS_PTRACE
+        container.enter()
+        fields = dict(line.split(":\t", 1) for line in Path("/proc/self/status").read_text().splitlines())
+        assert [int(fields[name], 16) for name in ("CapPrm", "CapEff", "CapInh", "CapAmb")] == [allowed, allowed, 0, 0]
+        assert fields["NoNewPrivs"] == "1"
+
+    with process(_mounted(rootfs)) as pid:
+        elsewhere(lambda: hook(pid))
 
 
 VOLUMES = {

@@ -14,6 +14,21 @@ from .linux import kernel, mountinfo, userns
 from .linux.root import DIRECTORY, Root
 from .spec import Spec, State
 
+# What changing the container's tree takes, and the children that ldconfig.py starts there. With NET_ADMIN, rules of the
+# device cgroup are taken back when that fails (kernels before 5.8).
+_CAPABILITIES = (
+    kernel.CAP_CHOWN,
+    kernel.CAP_DAC_OVERRIDE,
+    kernel.CAP_FOWNER,
+    kernel.CAP_MKNOD,
+    kernel.CAP_NET_ADMIN,
+    kernel.CAP_SETGID,
+    kernel.CAP_SETPCAP,
+    kernel.CAP_SETUID,
+    kernel.CAP_SYS_ADMIN,
+    kernel.CAP_SYS_CHROOT,
+)
+
 
 class Layout:
     """Where a family of distributions keeps things, as absolute paths in the container."""
@@ -80,8 +95,14 @@ class Container:
         self._fdinfo = os.open("/proc/self/fdinfo", DIRECTORY)
 
     def enter(self) -> None:
-        """Into the container's mount namespace, for good; files are made as the container's root from here on."""
+        """Into the container's mount namespace, for good; files are made as the container's root from here on.
+
+        What is not needed there is given up first. Nothing regains it: no program is executed there but ldconfig, and
+        with no_new_privs that would not be root's right either.
+        """
         try:
+            kernel.keep_capabilities(*_CAPABILITIES)
+            kernel.prctl(kernel.PR_SET_NO_NEW_PRIVS, 1)
             kernel.setns(self._namespace, kernel.CLONE_NEWNS)
         except OSError as error:
             raise ContainerError(f"enter the mount namespace of `{self.rootfs}`: {reason(error)}") from None

@@ -85,7 +85,9 @@ def _prestart(options: dict[str, str], default_config: str, warnings: list[str])
 def _poststop(options: dict[str, str], default_config: str, warnings: list[str]) -> None:
     """A fault here is told and changes nothing: the container is over, and NVIDIA's hook does nothing at all."""
     from . import leftovers, spec
+    from .linux import kernel
 
+    kernel.keep_capabilities(kernel.CAP_CHOWN, kernel.CAP_DAC_OVERRIDE, kernel.CAP_FOWNER)
     try:
         directory = options.get("state-dir", "")
         if not directory:

@@ -20,6 +20,7 @@ _NR_PRCTL = 157 if _X86_64 else 167
 _NR_PIVOT_ROOT = 155 if _X86_64 else 41
 _NR_SETFSUID = 122 if _X86_64 else 151
 _NR_SETFSGID = 123 if _X86_64 else 152
+_NR_CAPGET = 125 if _X86_64 else 90
 _NR_CAPSET = 126 if _X86_64 else 91
 _NR_MOUNT = 165 if _X86_64 else 40
 _NR_UMOUNT2 = 166 if _X86_64 else 39
@@ -90,6 +91,17 @@ F_SEAL_SHRINK = 0x02
 F_SEAL_GROW = 0x04
 F_SEAL_WRITE = 0x08
 
+# capabilities(7)
+CAP_CHOWN = 0
+CAP_DAC_OVERRIDE = 1
+CAP_FOWNER = 3
+CAP_SETGID = 6
+CAP_SETUID = 7
+CAP_SETPCAP = 8
+CAP_NET_ADMIN = 12
+CAP_SYS_CHROOT = 18
+CAP_SYS_ADMIN = 21
+CAP_MKNOD = 27
 _LINUX_CAPABILITY_VERSION_3 = 0x20080522
 
 
@@ -218,6 +230,17 @@ def drop_capabilities() -> None:
     """Empty this thread's effective, permitted and inheritable sets (and with them the ambient one)."""
     header = struct.pack("=Ii", _LINUX_CAPABILITY_VERSION_3, 0)
     _syscall(_NR_CAPSET, header, struct.pack("=6I", 0, 0, 0, 0, 0, 0))
+
+
+def keep_capabilities(*numbers: int) -> None:
+    """Of this thread's effective and permitted sets leave these, where they are there; empty the inheritable set."""
+    header = struct.pack("=Ii", _LINUX_CAPABILITY_VERSION_3, 0)
+    had = (_Char * 24)()
+    _syscall(_NR_CAPGET, header, had)
+    wanted = sum(1 << number for number in numbers)
+    masks = (wanted & 0xFFFFFFFF, wanted & 0xFFFFFFFF, 0, wanted >> 32, wanted >> 32, 0)
+    left = (old & mask for old, mask in zip(struct.unpack("=6I", bytes(had)), masks, strict=True))
+    _syscall(_NR_CAPSET, header, struct.pack("=6I", *left))
 
 
 def bpf(command: int, attr: bytearray) -> int:
