@@ -104,15 +104,15 @@ class Edit:
         self._undo.append(_remover(os.unlink, parent, name))
         self.traces.append({"kind": "file", "path": path})
 
-    def _attach(self, container: Container, attach: Callable[[int, str], int], parent: int, name: str) -> int:
+    def _attach(self, container: Container, attach: Callable[[int, int, str], int], parent: int, name: str) -> int:
         """Mount on what is there; not in a volume that shares its mounts, where the host would have it as well."""
         target = os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=parent)
         try:
             if container.shares(target):
                 raise OSError(errno.EXDEV, "a volume is there that shares its mounts with the host; mount it as rslave")
+            mounted = attach(target, parent, name)
         finally:
             os.close(target)
-        mounted = attach(parent, name)
         self._undo.append(lambda: bind.detach(mounted))
         return mounted
 

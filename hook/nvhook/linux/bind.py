@@ -56,19 +56,15 @@ class Source:
         self.fd = fd
         self._cloned = True
 
-    def attach(self, parent: int, name: str) -> int:
-        """Mount on `name` in the directory `parent`; the answer is a descriptor of the mount, for `detach`.
+    def attach(self, target: int, parent: int, name: str) -> int:
+        """Mount on the file or directory `target`; the answer is a descriptor of the mount, for `detach`.
 
-        `name` is opened without following it and must be there; the caller has looked at what it is.
+        It is `name` in the directory `parent`, opened without following it; the caller has looked at what it is.
         """
-        target = os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=parent)
-        try:
-            if self._cloned:
-                kernel.move_mount(self.fd, target)
-                return os.dup(self.fd)
-            return self._bind(target, parent, name)
-        finally:
-            os.close(target)
+        if self._cloned:
+            kernel.move_mount(self.fd, target)
+            return os.dup(self.fd)
+        return self._bind(target, parent, name)
 
     def _bind(self, target: int, parent: int, name: str) -> int:
         source = os.open(self._path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
@@ -79,10 +75,11 @@ class Source:
         finally:
             os.close(source)
         mounted = os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=parent)
+        if not os.path.samestat(os.fstat(mounted), os.fstat(self.fd)):
+            os.close(mounted)  # and not unmounted: it is somebody else's
+            raise OSError(errno.ESTALE, "replaced while it was mounted", name)
         place = f"/proc/self/fd/{mounted}"
         try:
-            if not os.path.samestat(os.fstat(mounted), os.fstat(self.fd)):
-                raise OSError(errno.ESTALE, "replaced while it was mounted", name)
             kernel.mount("none", place, None, kernel.MS_PRIVATE)
             kernel.mount("none", place, None, kernel.MS_REMOUNT | kernel.MS_BIND | self._flags(1))
         except OSError:

@@ -20,24 +20,20 @@ _ATTRIBUTES = kernel.MOUNT_ATTR_NOSUID | kernel.MOUNT_ATTR_NODEV | kernel.MOUNT_
 _FLAGS = kernel.MS_NOSUID | kernel.MS_NODEV | kernel.MS_NOEXEC
 
 
-def attach(parent: int, name: str) -> int:
-    """Mount on the directory `name` in `parent`, which is not followed; the answer is a descriptor of the mount."""
-    target = os.open(name, DIRECTORY | os.O_NOFOLLOW, dir_fd=parent)
+def attach(target: int, parent: int, name: str) -> int:
+    """Mount on the directory `target`, which is `name` in `parent`; the answer is a descriptor of the mount."""
     try:
-        try:
-            mounted = _unattached()
-        except OSError as error:
-            if error.errno not in _NOT_HERE:
-                raise
-            return _mount(target, parent, name)
-        try:
-            kernel.move_mount(mounted, target)
-        except OSError:
-            os.close(mounted)
+        mounted = _unattached()
+    except OSError as error:
+        if error.errno not in _NOT_HERE:
             raise
-        return mounted
-    finally:
-        os.close(target)
+        return _mount(target, parent, name)
+    try:
+        kernel.move_mount(mounted, target)
+    except OSError:
+        os.close(mounted)
+        raise
+    return mounted
 
 
 def seal(mounted: int, mode: int) -> None:
@@ -61,9 +57,10 @@ def _unattached() -> int:
 def _mount(target: int, parent: int, name: str) -> int:
     kernel.mount("tmpfs", f"/proc/self/fd/{target}", "tmpfs", _FLAGS, f"mode={_MODE}")
     mounted = os.open(name, DIRECTORY | os.O_NOFOLLOW, dir_fd=parent)
+    if os.fstat(mounted).st_dev == os.fstat(target).st_dev:
+        os.close(mounted)  # and not unmounted: it is somebody else's
+        raise OSError(errno.ESTALE, "replaced while it was mounted", name)
     try:
-        if os.fstat(mounted).st_dev == os.fstat(target).st_dev:
-            raise OSError(errno.ESTALE, "replaced while it was mounted", name)
         kernel.mount("none", f"/proc/self/fd/{mounted}", None, kernel.MS_PRIVATE)
     except OSError:
         detach(mounted)
