@@ -475,6 +475,7 @@ class Symlink(Edit):
     @staticmethod
     def _swap(parent: int, name: str, target: str) -> None:
         beside = f".{name}.nvhook"
+        leftovers.clear(beside, parent)
         os.symlink(target, beside, dir_fd=parent)
         try:
             os.rename(beside, name, src_dir_fd=parent, dst_dir_fd=parent)
@@ -566,6 +567,7 @@ class Ldcache(Edit):
                     # With --userns=host an image that was unpacked for a user namespace belongs to that one's root, and
                     # root without capabilities cannot write there.
                     owner = (container.uid, container.gid) if container.rootless else (status.st_uid, status.st_gid)
+                    self._undo.append(_remover(os.unlink, etc, f"{name}~"))  # what it renames when all is well
                     self._ldconfig.run(self._program, container.rootfs, container.root, self.directories, owner)
                 else:
                     leftovers.replace(self._cache, etc, name)

@@ -209,18 +209,20 @@ def _file_name(state: State) -> str:
 def restore(former: int, directory: int, name: str) -> None:
     """Put a copy of the file `former` in the place of `name`, with its mode, owner and time."""
     beside = f".{name}.nvhook"
-    _copy(former, directory, beside)
-    os.rename(beside, name, src_dir_fd=directory, dst_dir_fd=directory)
+    clear(beside, directory)
+    try:
+        _copy(former, directory, beside)
+        os.rename(beside, name, src_dir_fd=directory, dst_dir_fd=directory)
+    except OSError:
+        clear(beside, directory)
+        raise
 
 
 def replace(content: bytes, directory: int, name: str) -> None:
     """Put a file with `content` in the place of `name`, readable for everybody, its owner that of the directory."""
     beside = f".{name}.nvhook"
-    try:
-        fd = os.open(beside, _FLAGS, 0o644, dir_fd=directory)
-    except FileExistsError:  # of a hook that was killed
-        os.unlink(beside, dir_fd=directory)
-        fd = os.open(beside, _FLAGS, 0o644, dir_fd=directory)
+    clear(beside, directory)
+    fd = os.open(beside, _FLAGS, 0o644, dir_fd=directory)
     try:
         view = memoryview(content)
         while view:
@@ -235,6 +237,16 @@ def replace(content: bytes, directory: int, name: str) -> None:
         raise
     finally:
         os.close(fd)
+
+
+def clear(beside: str, directory: int) -> None:
+    """Take away what a hook that was killed left under a name that is ours for a moment; an image may have it too."""
+    try:
+        os.unlink(beside, dir_fd=directory)
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise OSError(error.errno, f"`{beside}` is in the way: {reason(error)}") from None
 
 
 def _copy(source: int, directory: int, name: str) -> None:
