@@ -66,7 +66,7 @@ class Bench:
         self.image = make_image("debian", place / "image")
 
     def close(self) -> None:
-        subprocess.run(["umount", self.place / "upper"], check=True)
+        subprocess.run(["umount", "--lazy", self.place / "upper"], check=True)
 
     def host(self, name: str) -> Path:
         """config.toml of a simulated host."""
@@ -96,7 +96,8 @@ class Bench:
         try:
             yield bundle
         finally:
-            subprocess.run(["umount", upper / "root"], check=True)
+            # Lazily, as engines do: a process of ours may be on its way out.
+            subprocess.run(["umount", "--lazy", upper / "root"], check=True)
             shutil.rmtree(upper)
 
     def start(self, side: Side) -> float:

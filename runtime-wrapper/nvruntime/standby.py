@@ -157,8 +157,12 @@ def _prepare(task: Task, said: list[str]) -> tuple[Preparation | None, NvhookErr
     warnings: list[str] = []
     try:
         root = Root(os.open(task.described.rootfs, DIRECTORY))
-        found = task.gpus, task.chosen
-        return prestart.prepare(task.config, task.asked, root, container.layout(root), warnings, found=found), None
+        try:
+            found = task.gpus, task.chosen
+            layout = container.layout(root)
+            return prestart.prepare(task.config, task.asked, root, layout, warnings, found=found), None
+        finally:
+            os.close(root.fd)  # an engine that gives up takes its file system away
     except OSError:
         return None, None  # the runtime says what is wrong with it
     except NvhookError as error:
