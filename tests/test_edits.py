@@ -255,6 +255,24 @@ def test_swapped_for_a_link_after_the_look(place: Place, monkeypatch: pytest.Mon
     assert before == tree(place.canary)
 
 
+def test_swapped_for_another_file_after_the_question_who_shares_it(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other one may be where the host would see the mount: it goes on the file that was asked about, or nowhere."""
+    target = place.root / LIBRARY[1:]
+    target.parent.mkdir()
+    target.touch()
+
+    def quick(*_: object) -> bool:
+        target.rename(target.with_name("asked"))
+        target.touch()
+        return False
+
+    monkeypatch.setattr(Container, "shares", quick)
+    line = place.apply(place.mount(), after=lambda: _is(place, LIBRARY, ""))
+    assert line in ("", f"mount error: mount `{place.source}` on `{LIBRARY}`: replaced while it was mounted")
+
+
 @pytest.mark.parametrize("link", LINKS)
 @pytest.mark.parametrize("kind", ["mount", "device"])
 def test_link_at_the_end_is_refused(place: Place, kind: str, link: str) -> None:
