@@ -5,7 +5,7 @@ PREFIX = /usr/local
 SYSCONFDIR = /etc
 DESTDIR =
 
-.PHONY: bench demo test test-engines install uninstall
+.PHONY: bench demo test test-engines test-security install uninstall
 
 demo:
 	scripts/demo
@@ -15,6 +15,10 @@ test:
 
 test-engines:
 	scripts/test tests/engines
+
+# With NVHOOK_SECURITY_SECONDS in the environment, the long races.
+test-security:
+	scripts/test tests/security $$(grep -o 'tests/test_[a-z_]*\.py' SECURITY.md | sort -u)
 
 # RUNS=40 ROWS=gpu,no-request PEER=DIR JSON=FILE
 bench: build/requirements.stamp

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import ast
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -119,6 +120,25 @@ def test_licence_comes_first(path: Path) -> None:
 def test_module_says_what_it_is_for(path: Path) -> None:
     tree = ast.parse(path.read_text())
     assert ast.get_docstring(tree) if tree.body else path.name == "__init__.py"
+
+
+# SECURITY.md
+
+NAMED = sorted(set(re.findall(r"`(tests/[^`]+)`", (REPOSITORY / "SECURITY.md").read_text())))
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_security_page_names_tests_that_are_there(name: str) -> None:
+    path, _, function = name.partition("::")
+    assert f"\ndef {function}" in (REPOSITORY / path).read_text()
+
+
+def test_security_page_says_what_holds_each_promise() -> None:
+    """Every row of its tables has three or four cells, of which the last names a test."""
+    rows = [line for line in (REPOSITORY / "SECURITY.md").read_text().split("\n") if line.startswith("| ")]
+    rows = [row for row in rows if not row.endswith("| Held by |")]
+    assert len(rows) > 20
+    assert [row for row in rows if "`tests/" not in row.split(" | ")[-1]] == []
 
 
 # Roads: what a container start loads
