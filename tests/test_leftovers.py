@@ -108,6 +108,19 @@ def test_clean_puts_the_cache_back(tmp_path: Path, rootfs: Path, touched: bool) 
     assert os.listdir(tmp_path / "state/containers") == []
 
 
+def test_write_keeps_no_cache_that_would_fill_the_state_directory(tmp_path: Path, rootfs: Path) -> None:
+    """An image may bring what it likes under that name, and the state directory is in memory: ours stays then."""
+    cache = rootfs / "etc/ld.so.cache"
+    cache.write_text("ours")
+    trace = {"kind": "cache", "path": "/etc/ld.so.cache", "made": leftovers.identity(cache.stat()), "former": True}
+    with (tmp_path / "former").open("w+b") as former:
+        former.truncate(2 << 20)
+        state = note(tmp_path, rootfs, [trace], former.fileno())
+    assert os.listdir(tmp_path / "state/containers") == [NAME]
+    leftovers.clean(str(tmp_path / "state"), state)
+    assert cache.read_text() == "ours"
+
+
 def test_clean_stays_below_the_root(tmp_path: Path, rootfs: Path) -> None:
     """The image turned a directory into a link out of it while the container ran."""
     canary = tmp_path / "canary"

@@ -20,6 +20,7 @@ from .linux.root import DIRECTORY, Root
 _DIRECTORY = "containers"
 _FLAGS = os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_WRONLY | os.O_CLOEXEC
 _MAX_NOTE = 4 << 20
+_MAX_CACHE = 1 << 20  # of 40,000 libraries; /run, where it is kept for as long as the container is there, is memory
 _ID_CHARACTERS = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_+-.")
 
 TYPE_CHECKING = False
@@ -55,7 +56,12 @@ class Notes:
             # Started again without a poststop in between: what the first start made is there already.
             traces = before["traces"] + traces
         elif former_cache >= 0:
-            self._save(f"{self._name}.cache", former_cache)
+            if os.fstat(former_cache).st_size <= _MAX_CACHE:
+                self._save(f"{self._name}.cache", former_cache)
+            else:
+                traces = [
+                    trace for trace in traces if trace["kind"] != "cache"
+                ]  # ours stays in the layer
         note = {"bundle": state.bundle, "rootfs": rootfs, "traces": traces}
         beside = f"{self._name}.new"
         self._unlink(beside)
