@@ -59,9 +59,7 @@ class Notes:
             if os.fstat(former_cache).st_size <= _MAX_CACHE:
                 self._save(f"{self._name}.cache", former_cache)
             else:
-                traces = [
-                    trace for trace in traces if trace["kind"] != "cache"
-                ]  # ours stays in the layer
+                traces = [trace for trace in traces if trace["kind"] != "cache"]  # ours stays in the layer
         note = {"bundle": state.bundle, "rootfs": rootfs, "traces": traces}
         beside = f"{self._name}.new"
         self._unlink(beside)

@@ -59,7 +59,7 @@ def break_at_every(output):
         if child == 0:
             asked = request.read(described, settings, [])
             place = container.find(state, described)
-            wanted = prestart.prepare(settings, asked, place, [])
+            wanted = prestart.prepare(settings, asked, place.root, place.layout, []).edits
             for edit in wanted:
                 edit.examine(place)
             place.enter()
