@@ -166,6 +166,21 @@ def test_damage_is_refused_or_harmless(piece: bytes, place: int) -> None:
     assert len(merged) < len(data) + 200
 
 
+def test_extension_of_many_sections_is_refused() -> None:
+    """Each may be as long as the file: a cache of 1 MB would have taken gigabytes."""
+    extension = struct.pack("<II", 0xEAA42174, 3) + struct.pack("<IIII", 0, 0, 0, len(GOOD)) * 3
+    data = GOOD[:32] + struct.pack("<I", len(GOOD)) + GOOD[36:] + extension
+    with pytest.raises(ValueError, match="more than 2 sections"):
+        ldmerge.merge(data, CUDA)
+    with pytest.raises(ValueError, match="more than 2 sections"):
+        ldmerge.directories(data)
+
+
+def test_name_longer_than_a_file_name_is_refused() -> None:
+    with pytest.raises(ValueError, match="a name of more than 255 bytes"):
+        ldmerge.merge(_cache("9" * 256), CUDA)
+
+
 def test_time_does_not_grow_with_the_image() -> None:
     data = _cache(*(f"lib{number}.so.1" for number in range(3000)))
     names = [Name("/usr/lib", f"libnvidia-{number}.so.1", "x86-64") for number in range(30)]

@@ -19,9 +19,11 @@ _LIBC6 = 3
 _EXTENSION_MAGIC = 0xEAA42174
 _EXTENSION = struct.Struct("<II")  # magic, number of sections
 _SECTION = struct.Struct("<IIII")  # tag, flags, offset, size
+_MAX_SECTIONS = 2
 _GENERATOR, _HWCAPS = 0, 1  # text; offsets of strings, four bytes each
 _MAX_SAME = 64  # entries of one name, in any cache that is not a trap
-_MAX_NAME = 4096
+_MAX_NAME = 255  # bytes, NAME_MAX: to compare longer ones takes its time
+_MAX_STRING = 4096
 
 
 class Name:
@@ -108,7 +110,10 @@ class _Cache:
             middle = (low + high) // 2
             flags, offset, _, _, hwcap = ENTRY.unpack_from(self.table, middle * ENTRY.size)
             # The table descends. Entries for better processors stand before those for all.
-            if (_key(self._string(offset)), flags, hwcap) > wanted:
+            key = self._string(offset)
+            if len(key) > _MAX_NAME:
+                raise ValueError(f"a name of more than {_MAX_NAME} bytes")
+            if (_key(key), flags, hwcap) > wanted:
                 low = middle + 1
             else:
                 high = middle
@@ -133,7 +138,7 @@ class _Cache:
         place = offset - self._strings_start
         if not 0 <= place < len(self.strings):
             raise ValueError(f"string {offset:#x} lies outside the strings of the cache")
-        end = self.strings.find(b"\0", place, place + _MAX_NAME)
+        end = self.strings.find(b"\0", place, place + _MAX_STRING)
         if end < 0:
             raise ValueError(f"string {offset:#x} has no end")
         return self.strings[place:end]
@@ -158,6 +163,8 @@ def _sections(whole: bytes, start: int) -> list[tuple[int, int, bytes]]:
     """(tag, flags, content), those with numbers first so that they stay aligned; ValueError for an unknown one."""
     try:
         magic, count = _EXTENSION.unpack_from(whole, start)
+        if count > _MAX_SECTIONS:  # each may be as long as the file
+            raise ValueError(f"unsupported format: more than {_MAX_SECTIONS} sections")
         heads = [_SECTION.unpack_from(whole, start + _EXTENSION.size + index * _SECTION.size) for index in range(count)]
     except struct.error:
         raise ValueError("truncated: the extension ends early") from None
