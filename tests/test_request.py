@@ -403,6 +403,20 @@ def test_imex_channels(settings: Path, value: str | None, expected: tuple[int, .
     assert expected == found.imex_channels
 
 
+def test_more_imex_channels_than_a_driver_has(settings: Path) -> None:
+    """Each would be a node, made on the host if it has none."""
+    found = _ask(settings, {DEVICES: "0", CHANNELS: ",".join(map(str, range(2048)))})
+    assert found is not None
+    assert len(found.imex_channels) == 2048
+    with pytest.raises(RequestError, match=f"2049 IMEX channels in {CHANNELS}, more than 2048"):
+        _ask(settings, {DEVICES: "0", CHANNELS: ",".join(map(str, range(2049)))})
+
+
+def test_more_devices_than_a_host_has(settings: Path) -> None:
+    with pytest.raises(RequestError, match="1025 devices are asked for, more than 1024; ask for `all`"):
+        _ask(settings, {DEVICES: ",".join(map(str, range(1025)))})
+
+
 @pytest.mark.parametrize("name", ["1048576", "-1", "+1", "0x1", "1_0", "channel0", "9" * 5000, "\u0660", "0 1", "../0"])
 def test_imex_channel_refused(settings: Path, name: str) -> None:
     with pytest.raises(RequestError) as raised:

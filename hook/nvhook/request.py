@@ -23,6 +23,8 @@ DEFAULT_CAPABILITIES = ("compute", "utility")
 VOLUME_ROOT = "/var/run/nvidia-container-devices/"
 _ANNOTATION_PREFIX = "cdi.k8s.io/"
 _MAX_CHANNEL = (1 << 20) - 1  # a minor number has 20 bits
+_MAX_DEVICES = 1024
+_MAX_CHANNELS = 2048  # that the driver has, unless its administrator says otherwise
 # NVIDIA_<name>=enabled
 FEATURES = ("gds", "mofed", "gdrcopy", "nvswitch")
 _OUR_KINDS = ("nvidia.com/gpu=", "runtime.nvidia.com/gpu=")
@@ -153,7 +155,10 @@ def _channels(names: list[str], origin: str) -> tuple[int, ...]:
     for name in names:
         if not (name.isdecimal() and name.isascii() and len(name) < 8 and int(name) <= _MAX_CHANNEL):
             raise RequestError(f"`{name}` in {origin} is no IMEX channel", f"they are numbers from 0 to {_MAX_CHANNEL}")
-    return tuple(dict.fromkeys(int(name) for name in names))
+    channels = tuple(dict.fromkeys(int(name) for name in names))
+    if len(channels) > _MAX_CHANNELS:
+        raise RequestError(f"{len(channels)} IMEX channels in {origin}, more than {_MAX_CHANNELS}")
+    return channels
 
 
 def _has_mig_right(spec: Spec, right: str) -> bool:
@@ -208,7 +213,10 @@ def _normalised(devices: list[str]) -> tuple[str, ...]:
         if name in ("all", "none"):
             return (name,)
         names.append(name)
-    return tuple(dict.fromkeys(names))
+    found = tuple(dict.fromkeys(names))
+    if len(found) > _MAX_DEVICES:
+        raise RequestError(f"{len(found)} devices are asked for, more than {_MAX_DEVICES}", "ask for `all`")
+    return found
 
 
 def _is_legacy_image(env: dict[str, str]) -> bool:
