@@ -126,9 +126,15 @@ def test_read_config_refused(tmp_path: Path, content: str | None, message: str) 
 
 def test_read_config_oversized(tmp_path: Path) -> None:
     with (tmp_path / "config.json").open("wb") as file:
-        file.truncate((64 << 20) + 1)
-    with pytest.raises(SpecError, match="more than 67108864 bytes"):
+        file.truncate((8 << 20) + 1)
+    with pytest.raises(SpecError, match="more than 8388608 bytes"):
         spec.read_config(str(tmp_path))
+
+
+@pytest.mark.parametrize("bundle", ["/a\0b", "/\ud800"], ids=ascii)
+def test_read_config_of_a_bundle_that_is_no_path(bundle: str) -> None:
+    with pytest.raises(SpecError, match="spec error: read `/"):
+        spec.read_config(bundle)
 
 
 def test_parse_minimal() -> None:

@@ -629,6 +629,32 @@ def test_create_configuration_that_must_exist(place: Place) -> None:
     assert f"config error: read `{place.config}`: no such file" in place.fail("create", "name")
 
 
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"linux": {"namespaces": 7}}, "`linux.namespaces` is not a list"),
+        ({"process": {"user": 7}}, "`process.user` is not an object"),
+        ({"process": {"user": {"additionalGids": 7}}}, "`process.user.additionalGids` is not a list"),
+    ],
+    ids=["namespaces", "user", "groups"],
+)
+def test_add_groups_refuses(more: dict[str, Any], message: str) -> None:
+    with pytest.raises(SpecError, match=message):
+        bundle.add_groups({"process": {}, **more}, [44])
+
+
+def test_add_groups_beside_what_are_no_groups() -> None:
+    document: dict[str, Any] = {"process": {"user": {"additionalGids": [44, []]}}}
+    bundle.add_groups(document, [44, 109])
+    assert document["process"]["user"]["additionalGids"] == [44, [], 109]
+
+
+def test_create_number_that_cannot_be_written(place: Place) -> None:
+    place.write(env=ALL, x=0)
+    place.spec.write_text(place.spec.read_text().replace('"x": 0', '"x": 1e999'))
+    assert "spec error: write " in place.fail("create", "name")
+
+
 def test_create_write_fails(place: Place) -> None:
     """A file of the name that is written beside is not ours to overwrite."""
     place.write(env=ALL)

@@ -13,7 +13,7 @@ from . import quickjson
 from .errors import SpecError, reason
 
 _MAX_STATE = 1 << 20
-_MAX_CONFIG = 64 << 20
+_MAX_CONFIG = 8 << 20  # an image's environment is in it, and takes tenfold as a record
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -126,6 +126,8 @@ def read_config(bundle: str) -> tuple[Json, os.stat_result]:
             content = file.read(_MAX_CONFIG + 1)
     except OSError as error:
         raise SpecError(f"read `{path}`: {reason(error)}") from None
+    except ValueError as error:  # a NUL or half a character in the path
+        raise SpecError(f"read `{path}`: {error}") from None
     if len(content) > _MAX_CONFIG:
         raise SpecError(f"read `{path}`: more than {_MAX_CONFIG} bytes")
     try:

@@ -67,13 +67,22 @@ def add_groups(config: Json, gids: list[int]) -> None:
     """Supplementary groups for the container's process; not in a user namespace, where they are other groups."""
     from nvhook.linux import userns  # only for a container that asks
 
-    namespaces = (config.get("linux") or {}).get("namespaces") or []
+    namespaces = _list(config.get("linux") or {}, "namespaces", "linux")
     in_userns = any(isinstance(item, dict) and item.get("type") == "user" for item in namespaces)
     if not gids or in_userns or not userns.is_first():
         return
     user = config["process"]["user"] = config["process"].get("user") or {}
-    present = user.get("additionalGids") or []
-    user["additionalGids"] = present + sorted(set(gids) - set(present))
+    if not isinstance(user, dict):
+        raise SpecError("config.json: `process.user` is not an object")
+    present = _list(user, "additionalGids", "process.user")
+    user["additionalGids"] = present + [gid for gid in sorted(set(gids)) if gid not in present]
+
+
+def _list(parent: Json, key: str, where: str) -> list[object]:
+    value = parent.get(key) or []
+    if not isinstance(value, list):
+        raise SpecError(f"config.json: `{where}.{key}` is not a list")
+    return value
 
 
 def write(bundle: str, config: Json, former: os.stat_result) -> None:
@@ -81,10 +90,14 @@ def write(bundle: str, config: Json, former: os.stat_result) -> None:
     path = os.path.join(bundle, "config.json")
     beside = f"{path}.nvhook.{os.getpid()}"
     try:
+        content = quickjson.dumps(config)
+    except (ValueError, RecursionError) as error:  # a number that is infinite, or objects in objects in objects
+        raise SpecError(f"write `{path}`: {error}") from None
+    try:
         fd = os.open(beside, os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_WRONLY | os.O_CLOEXEC, 0o600)
         try:
             with open(fd, "wb") as file:
-                file.write(quickjson.dumps(config))
+                file.write(content)
                 os.fchown(fd, former.st_uid, former.st_gid)
                 os.fchmod(fd, former.st_mode & 0o7777)
             os.rename(beside, path)
