@@ -124,6 +124,9 @@ def test_load_shipped_file_comments_are_keys_that_exist(tmp_path: Path) -> None:
         pytest.param("a = '''\x07\n", id="control-character"),
         pytest.param(b"a = '\xff'", id="not-utf-8"),
         pytest.param(b"\x00", id="nul"),
+        pytest.param("a = " + "9" * 5000, id="endless-number"),
+        pytest.param(f"[{'.'.join('a' * 5000)}]", id="deeply-nested-table"),
+        pytest.param(f"{'.'.join('a' * 5000)} = 1", id="deeply-nested-key"),
     ],
 )
 def test_load_does_not_parse(tmp_path: Path, text: str | bytes) -> None:
@@ -249,6 +252,7 @@ def test_load_wrong_type(tmp_path: Path, key: str, value: str, wanted: str) -> N
             "would start itself without end; name what it is to start",
             id="runtime-is-ours",
         ),
+        pytest.param('nvhook.state-dir = "/a\\u0000b"', "`nvhook.state-dir` holds a NUL character", id="nul"),
         pytest.param("nvhook.dev-root = ''", "must be an absolute path, not ``", id="empty-dev-root"),
         pytest.param("nvhook.proc-root = './x'", "must be an absolute path, not `./x`", id="relative-proc-root"),
         pytest.param(

@@ -221,6 +221,23 @@ def test_check_finds(
     assert _check_text(tmp_path, text, capsys) == (status, [line])
 
 
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (f"\na = {'9' * 5000}", ":2: Exceeds the limit"),
+        (f"[{'.'.join('a' * 5000)}]", ": too deeply nested; take levels away"),
+    ],
+    ids=["endless-number", "deeply-nested"],
+)
+def test_check_text_that_python_gives_up_on(
+    text: str, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "config.toml"
+    path.write_text(text)
+    assert configcheck.run(str(path), must_exist=True) == 1
+    assert capsys.readouterr().out.startswith(f"{path}{said}")
+
+
 def test_check_finds_everything_in_the_order_of_the_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     text = "z = '''\n[nvhook]\n'''\nswarm-resource = 1 # ]\n[nvhook]\nnew = [\n{a = ']'},\n]\nproc-root = 'x'\n"
     status, lines = _check_text(tmp_path, text, capsys)

@@ -148,7 +148,10 @@ def load(path: str, *, must_exist: bool = False) -> Config:
         return Config(dict(_KEYS), "", [])
     except OSError as error:
         raise ConfigError(f"read `{path}`: {reason(error)}") from None
-    return _from_table(_parse(content, path), path)
+    try:
+        return _from_table(_parse(content, path), path)
+    except RecursionError:
+        raise ConfigError(f"parse `{path}`: too deeply nested", "take levels away") from None
 
 
 def _parse(content: bytes, path: str) -> dict[str, object]:
@@ -166,7 +169,7 @@ def _parse(content: bytes, path: str) -> dict[str, object]:
     try:
         table: dict[str, object] = tomllib.loads(content.decode())
         return table
-    except (tomllib.TOMLDecodeError, RecursionError) as error:
+    except ValueError as error:  # not only tomllib's own: numbers of thousands of digits
         raise ConfigError(f"parse `{path}`: {error}") from None
 
 
@@ -232,6 +235,8 @@ def _checked(key: str, value: object, path: str) -> object:
         isinstance(value, list) and not all(isinstance(item, str) for item in value)
     ):
         raise ConfigError(f"`{path}`: `{key}` must be {_TYPES[type(default)]}, not `{value}`")
+    if "\0" in str(value):
+        raise ConfigError(f"`{path}`: `{key}` holds a NUL character")
     allowed = _ALLOWED.get(key)
     if allowed and value not in allowed:
         raise ConfigError(f"`{path}`: unknown value `{value}` for `{key}`", f"one of {', '.join(allowed)}")

@@ -91,8 +91,10 @@ def _parse(text: str) -> dict[str, Any]:
     else:
         import tomli as tomllib
     try:
-        return tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+        table = tomllib.loads(text)
+        config.flatten(table, "")  # dots nest deeper than brackets can
+        return table
+    except ValueError as error:  # not only tomllib's own: Python refuses to convert thousands of digits
         why, line, column = fault(error, text)
         raise _FileError(f"{why} at line {line}, column {column}; correct it", f":{line}") from None
     except RecursionError:

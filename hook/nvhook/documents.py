@@ -115,8 +115,10 @@ class Toml(Document):
         else:
             import tomli as tomllib
         try:
-            return tomllib.loads(text)
-        except tomllib.TOMLDecodeError as error:
+            table = tomllib.loads(text)
+            copy.deepcopy(table)  # dots nest deeper than brackets can
+            return table
+        except ValueError as error:  # not only tomllib's own: Python refuses to convert thousands of digits
             raise self._refuse(*fault(error, text)) from None
         except RecursionError:
             raise self._refuse("too deeply nested", 1, 1) from None
@@ -187,7 +189,7 @@ def _indent(table: Any) -> str:
 def fault(error: ValueError, text: str) -> tuple[str, int, int]:
     """What is wrong with `text`, and in which line and column, by tomllib's error."""
     why, at, place = str(error).rpartition(" (at ")
-    line, column = re.findall(r"\d+", place) or _end(text)
+    line, column = (re.findall(r"\d+", place) if at else []) or _end(text)
     return why if at else str(error), int(line), int(column)
 
 
@@ -209,6 +211,8 @@ class Json(Document):
             table = json.loads(text)
         except json.JSONDecodeError as error:
             raise self._refuse(error.msg[:1].lower() + error.msg[1:], error.lineno, error.colno) from None
+        except ValueError as error:  # thousands of digits, which Python refuses to convert
+            raise self._refuse(str(error), 1, 1) from None
         except RecursionError:
             raise self._refuse("too deeply nested", 1, 1) from None
         if not isinstance(table, dict):
