@@ -141,6 +141,7 @@ def test_find_right_beside_single_mig_devices(root: Path, right: str) -> None:
         pytest.param("", "no `DeviceFileMinor` and `DeviceFileMode`", id="empty"),
         pytest.param("DeviceFileMinor: 1\n", "no `DeviceFileMinor` and `DeviceFileMode`", id="no-mode"),
         pytest.param("DeviceFileMinor: -1\nDeviceFileMode: 292\n", "no `DeviceFileMinor`", id="negative"),
+        pytest.param(f"DeviceFileMinor: {'9' * 5000}\nDeviceFileMode: 292\n", "no `DeviceFileMinor`", id="endless"),
         pytest.param("DeviceFileMinor: ../3\nDeviceFileMode: 292\n", "no `DeviceFileMinor`", id="path"),
     ],
 )

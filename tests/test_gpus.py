@@ -79,10 +79,10 @@ def test_read_uuid_not_known_yet(proc: Path) -> None:
     assert _found(proc)[0] == (0, 1, unknown, "0000:07:00.0")
 
 
-@pytest.mark.parametrize("text", ["", "Device Minor: \t \n", "Device Minor: x\n", "Device Minor: -1\n"])
-def test_read_gpu_without_minor(proc: Path, text: str) -> None:
+@pytest.mark.parametrize("minor", ["", " \t ", "x", "-1", "1048576", "9" * 5000], ids=lambda text: text[:9])
+def test_read_gpu_without_minor(proc: Path, minor: str) -> None:
     path = _information(proc, "0000:07:00.0")
-    path.write_text(text)
+    path.write_text(f"Device Minor: {minor}\n" if minor else "")
     assert _error(proc) == f"device error: read `{path}`: no `Device Minor`"
 
 
@@ -126,6 +126,7 @@ def test_read_version(proc: Path, line: str, version: str) -> None:
         pytest.param("\nGCC version:  gcc version 12.2.0\n", id="compiler-alone"),
         pytest.param("NVRM version: NVIDIA 12:41:17 2025 v580.1 5.x ... .\n", id="nearly"),
         pytest.param("\x00\x01\x1b[2J\n", id="control-characters"),
+        pytest.param(f"NVRM version: {'9' * 5000}.1\n", id="endless"),
     ],
 )
 def test_read_version_unreadable(proc: Path, text: str) -> None:
@@ -163,6 +164,7 @@ def test_read_module_without_gpus(proc: Path) -> None:
         ),
         pytest.param("4 tty\n5 tty\n", {"tty": 4}, id="first-of-a-name"),
         pytest.param("nonsense\n\n 7\nx y\n", {}, id="garbage"),
+        pytest.param(f"{'9' * 5000} nvidia\n4096 nvidia\n195 nvidia\n", {"nvidia": 195}, id="numbers-too-large"),
     ],
 )
 def test_read_majors(proc: Path, text: str, expected: dict[str, int]) -> None:

@@ -34,3 +34,15 @@ def test_shared_looks_at_the_optional_fields_alone() -> None:
 def test_lines_that_are_none(text: str) -> None:
     assert mountinfo.mount_points(text) == set()
     assert mountinfo.shared(text) == frozenset()
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        pytest.param("1 2 3 - /x rw shared:1", id="end-of-the-fields-too-early"),
+        pytest.param("x 2 3 / /x rw shared:1 - a b c", id="no-number"),
+        pytest.param(f"{'9' * 5000} 2 3 / /x rw shared:1 - a b c", id="endless-number"),
+    ],
+)
+def test_shared_of_lines_that_are_none(text: str) -> None:
+    assert mountinfo.shared(text) == frozenset()

@@ -14,7 +14,7 @@ import stat
 from . import mig
 from .errors import DeviceError, RequestError
 from .extras import Data, Extras, Node
-from .gpus import information
+from .gpus import information, number
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -60,14 +60,14 @@ def _add(found: Extras, config: Config, host: Gpus, name: str) -> None:
     path = f"{_FILES}/{name}"
     source = config.proc_root.rstrip("/") + path
     values = information(source)
-    minor, mode = values.get("DeviceFileMinor", ""), values.get("DeviceFileMode", "")
-    if not minor.isdecimal() or not mode.isdecimal():
+    minor, mode = number(values.get("DeviceFileMinor", "")), number(values.get("DeviceFileMode", ""))
+    if minor < 0 or mode < 0:
         raise DeviceError(f"read `{source}`: no `DeviceFileMinor` and `DeviceFileMode`")
     found.data.append(Data(source, path))
     # The first drivers with MIG had no nodes: there the file below /proc is the capability itself.
     if "nvidia-caps" in host.majors:
         node = f"/dev/nvidia-caps/nvidia-cap{minor}"
-        found.nodes.append(Node(node, host.majors["nvidia-caps"], int(minor), (0, 0, int(mode) & 0o777)))
+        found.nodes.append(Node(node, host.majors["nvidia-caps"], minor, (0, 0, mode & 0o777)))
 
 
 def _channel(config: Config, host: Gpus, number: int) -> Node:

@@ -16,6 +16,8 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from .mig import Instances, MigDevice, Reporter
 
+_MAX_VERSION = 64  # characters
+_MAJOR_BITS, _MINOR_BITS = 12, 20
 _LOAD_HINT = "load it with `modprobe nvidia`, or install the NVIDIA driver on this host"
 
 
@@ -175,7 +177,7 @@ def _driver_version(proc: str) -> str:
     except OSError as error:
         raise DeviceError(f"read `{path}`: {reason(error)}") from None
     for word in content.partition("\n")[0].split():
-        if "." in word and word.replace(".", "").isdecimal():
+        if "." in word and word.replace(".", "").isdecimal() and len(word) < _MAX_VERSION:
             return word
     raise DeviceError(f"read `{path}`: no driver version in `{content.strip()}`")
 
@@ -193,11 +195,11 @@ def _gpus(proc: str) -> list[Gpu]:
         values = information(os.path.join(directory, address, "information"))
         # NVML numbers only the GPUs that the module was not told to leave alone.
         if values.get("GPU Excluded", "No") != "Yes":
-            minor = values.get("Device Minor", "")
-            if not minor.isdecimal():
+            minor = number(values.get("Device Minor", ""))
+            if minor < 0:
                 raise DeviceError(f"read `{directory}/{address}/information`: no `Device Minor`")
             model = values.get("Model", "")
-            found.append(Gpu(len(found), int(minor), values.get("GPU UUID", ""), address, model))
+            found.append(Gpu(len(found), minor, values.get("GPU UUID", ""), address, model))
     return found
 
 
@@ -211,6 +213,12 @@ def information(path: str) -> dict[str, str]:
     return {name.strip(): value.strip() for name, _, value in pairs}
 
 
+def number(text: str, bits: int = _MINOR_BITS) -> int:
+    """Of a device: -1 for what is none, or has more bits than the kernel gives it."""
+    found = int(text) if text.isdecimal() and text.isascii() and len(text) < 8 else -1
+    return found if found < 1 << bits else -1
+
+
 def _majors(proc: str) -> dict[str, int]:
     """Name -> major, character devices only. The GPU major is fixed (195) whatever name a version gives it."""
     path = os.path.join(proc, "devices")
@@ -222,9 +230,9 @@ def _majors(proc: str) -> dict[str, int]:
     for line in lines:
         if line.startswith("Block"):
             break
-        number, _, name = line.strip().partition(" ")
-        if number.isdecimal() and name:
-            majors.setdefault(name, int(number))
+        major, _, name = line.strip().partition(" ")
+        if number(major, _MAJOR_BITS) >= 0 and name:
+            majors.setdefault(name, int(major))
     return majors
 
 

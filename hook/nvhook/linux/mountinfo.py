@@ -7,6 +7,8 @@ line separator of Unicode, which str.split and str.splitlines would take for the
 
 from __future__ import annotations
 
+_MAX_DIGITS = 10  # of a mount's id
+
 
 def mount_points(text: str) -> set[str]:
     """Every mount point, as seen from the process's root."""
@@ -17,8 +19,11 @@ def shared(text: str) -> frozenset[int]:
     """The ids of the mounts that tell others, of their peer group, what is mounted on them."""
     found = set()
     for fields in _lines(text):
-        if "-" in fields and any(field.startswith("shared:") for field in fields[6 : fields.index("-", 6)]):
-            found.add(int(fields[0]))
+        number, optional = fields[0], fields[6:]
+        if "-" not in optional or not number.isdecimal() or len(number) > _MAX_DIGITS:
+            continue  # no line of the kernel's
+        if any(field.startswith("shared:") for field in optional[: optional.index("-")]):
+            found.add(int(number))
     return frozenset(found)
 
 
