@@ -576,6 +576,21 @@ def test_inventory_half_written(place: Place) -> None:
             id="needed-that-is-a-number",
         ),
         pytest.param("binaries", [1], id="binary-that-is-a-number"),
+        pytest.param(
+            "binaries",
+            [{"path": "/x", "name": "x", "capability": "utility", "directories": [["/a", 1]]}],
+            id="directory-that-is-a-number",
+        ),
+        pytest.param(
+            "files",
+            [{"path": "/x", "destination": None, "capabilities": [], "bits": 64}],
+            id="destination-that-is-null",
+        ),
+        pytest.param(
+            "files",
+            [{"path": "/x", "destination": "/x", "capabilities": [[]], "bits": 64}],
+            id="capability-that-is-a-list",
+        ),
     ],
 )
 def test_inventory_of_wrong_types(place: Place, key: str, value: object) -> None:
@@ -851,6 +866,7 @@ def test_report_that_lacks_a_gpu_is_believed_for_a_minute(host: Host) -> None:
         pytest.param(lambda document: document.pop("report"), id="nothing"),
         pytest.param(lambda document: document.pop("time"), id="no-time"),
         pytest.param(lambda document: document.update(time="now"), id="time-text"),
+        pytest.param(lambda document: document.update(time=10**400), id="time-without-end"),
         pytest.param(lambda document: document.update(report=[]), id="list"),
         pytest.param(lambda document: document["report"].update(cuda=13), id="cuda-number"),
         pytest.param(lambda document: document["report"].update(devices=[None]), id="device-null"),

@@ -150,12 +150,48 @@ def test_write_keeps_the_first_start_that_was_not_cleaned(tmp_path: Path, rootfs
     assert tree(rootfs) == ["etc", "usr", "usr/lib"]
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", "null", json.dumps({"bundle": "/bundle"}), "[" * 100], ids=repr)
+@pytest.mark.parametrize(
+    "content",
+    ["", "{", "[]", "null", json.dumps({"bundle": "/bundle"}), "[" * 100, "[" * 9000],
+    ids=lambda text: text[:9],
+)
 def test_clean_of_a_damaged_note(tmp_path: Path, rootfs: Path, content: str) -> None:
     state = note(tmp_path, rootfs, [])
     (tmp_path / "state/containers" / NAME).write_text(content)
     leftovers.clean(str(tmp_path / "state"), state)
     assert tree(rootfs) == ["etc", "usr", "usr/lib"]
+
+
+@pytest.mark.parametrize(
+    "trace",
+    [
+        None,
+        {},
+        {"kind": "file"},
+        {"kind": "file", "path": 7},
+        {"kind": "file", "path": "/usr/lib/\0"},
+        {"kind": "node", "path": "/usr/lib", "major": 10**40, "minor": 0},
+        {"kind": "time", "path": None, "after": 1},
+        {"kind": "time", "path": "/usr/lib", "before": 10**40, "after": 7},
+    ],
+    ids=lambda trace: ascii(trace)[:40],
+)
+def test_clean_of_a_damaged_trace(tmp_path: Path, rootfs: Path, trace: Any) -> None:
+    """It costs itself, and the others are taken away."""
+    (rootfs / "usr/lib/ours").touch()
+    os.utime(rootfs / "usr/lib", ns=(7, 7))
+    state = note(tmp_path, rootfs, [{"kind": "file", "path": "/usr/lib/ours"}, trace])
+    leftovers.clean(str(tmp_path / "state"), state)
+    assert tree(rootfs) == ["etc", "usr", "usr/lib"]
+    assert os.listdir(tmp_path / "state/containers") == []
+
+
+def test_clean_of_a_root_that_is_no_path(tmp_path: Path, rootfs: Path) -> None:
+    state = note(tmp_path, rootfs, [])
+    content = json.dumps({"bundle": "/bundle", "rootfs": "/\0", "traces": []})
+    (tmp_path / "state/containers" / NAME).write_text(content)
+    leftovers.clean(str(tmp_path / "state"), state)
+    assert os.listdir(tmp_path / "state/containers") == []
 
 
 def test_clean_when_the_root_filesystem_is_gone(tmp_path: Path, rootfs: Path) -> None:

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from .gpus import Gpus
     from .nvml import Report
 
+    Form = dict[str, Callable[[object], bool]]
     Json = dict[str, Any]
     Kept = TypeVar("Kept")
 
@@ -217,7 +218,7 @@ def _read(path: str, origin: Json, reader: Callable[[Json], Kept]) -> Kept | Non
         if document["origin"] != origin:
             return None
         return reader(document)
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return None
     finally:
         os.close(fd)
@@ -227,6 +228,45 @@ def _is_ours(status: os.stat_result) -> bool:
     """Written by us or by root, and by nobody else; in a user namespace root is whoever owns `/`."""
     writers = (os.geteuid(), 0, os.stat("/").st_uid)
     return stat.S_ISREG(status.st_mode) and status.st_uid in writers and not status.st_mode & 0o022
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int)
+
+
+def _is_texts(value: object) -> bool:
+    return isinstance(value, list) and all(map(_is_text, value))
+
+
+def _is_rows(value: object) -> bool:
+    return isinstance(value, list) and all(map(_is_texts, value))
+
+
+# What an inventory is believed to hold, as `_describe` has it.
+_LIBRARY: Form = {
+    "path": _is_text,
+    "soname": _is_text,
+    "bits": _is_number,
+    "needed": _is_texts,
+    "capabilities": _is_texts,
+    "directory": _is_text,
+}
+_BINARY: Form = {"path": _is_text, "name": _is_text, "capability": _is_text, "directories": _is_rows}
+_FILE: Form = {"path": _is_text, "destination": _is_text, "capabilities": _is_texts, "bits": _is_number}
+
+
+def _members(inventory: Json, key: str, form: Form) -> list[Json]:
+    """TypeError for a member of another form: a damaged file must not come as far as the plan."""
+    members: list[Json] = inventory[key]
+    for member in members:
+        for name, is_right in form.items():
+            if not is_right(member[name]):
+                raise TypeError(f"`{name}` of one of the {key}")
+    return members
 
 
 def _driver(inventory: Json) -> Driver:
@@ -241,7 +281,7 @@ def _driver(inventory: Json) -> Driver:
                 tuple(item["capabilities"]),
                 item["directory"],
             )
-            for item in inventory["libraries"]
+            for item in _members(inventory, "libraries", _LIBRARY)
         ],
         [
             Binary(
@@ -250,11 +290,11 @@ def _driver(inventory: Json) -> Driver:
                 item["capability"],
                 tuple((source, place) for source, place in item["directories"]),
             )
-            for item in inventory["binaries"]
+            for item in _members(inventory, "binaries", _BINARY)
         ],
         [
             File(item["path"], item["destination"], tuple(item["capabilities"]), bits=item["bits"])
-            for item in inventory["files"]
+            for item in _members(inventory, "files", _FILE)
         ],
     )
 

@@ -21,6 +21,8 @@ _DIRECTORY = "containers"
 _FLAGS = os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_WRONLY | os.O_CLOEXEC
 _MAX_NOTE = 4 << 20
 _MAX_CACHE = 1 << 20  # of 40,000 libraries; /run, where it is kept for as long as the container is there, is memory
+# What comes of a trace that is damaged, or whose object is gone or another one by now.
+_NOT_OURS = (OSError, ValueError, KeyError, TypeError, OverflowError)
 _ID_CHARACTERS = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_+-.")
 
 TYPE_CHECKING = False
@@ -75,16 +77,16 @@ class Notes:
             return
         try:
             root = Root(os.open(note["rootfs"], DIRECTORY))
-        except OSError:
+        except (OSError, ValueError):
             traces = []  # the engine has already taken the root filesystem away
         else:
             traces = note["traces"]
-        untouched = [trace for trace in traces if trace["kind"] == "time" and _is_untouched(root, trace)]
+        untouched = [trace for trace in traces if _is_untouched(root, trace)]
         for trace in reversed(traces):
             try:
                 self._remove(root, trace)
-            except OSError:
-                continue  # gone, or something else by now: not ours any more
+            except _NOT_OURS:
+                continue
         for trace in untouched:
             _set_time(root, trace)
         self._unlink(f"{self._name}.cache")
@@ -102,7 +104,7 @@ class Notes:
             is_whole = isinstance(note["rootfs"], str) and isinstance(note["traces"], list)
             # Two engines may give the same name to containers of their own.
             return note if is_whole and note["bundle"] == state.bundle else None
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             return None
 
     def _remove(self, root: Root, trace: Trace) -> None:
@@ -167,10 +169,10 @@ def times(root: Root, before: dict[str, int]) -> list[Trace]:
 
 
 def _is_untouched(root: Root, trace: Trace) -> bool:
-    """Whether nobody has put anything into the directory since."""
+    """Whether nobody has put anything into the directory since; False for another kind of trace."""
     try:
-        return bool(_time(root, trace["path"]) == trace["after"])
-    except OSError:
+        return bool(trace["kind"] == "time" and _time(root, trace["path"]) == trace["after"])
+    except _NOT_OURS:
         return False
 
 
@@ -189,7 +191,7 @@ def _set_time(root: Root, trace: Trace) -> None:
         return  # it was ours alone
     try:
         os.utime(fd, ns=(os.fstat(fd).st_atime_ns, trace["before"]))
-    except OSError:
+    except _NOT_OURS:
         return  # in a file system that is read-only by now
     finally:
         os.close(fd)
