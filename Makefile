@@ -5,7 +5,7 @@ PREFIX = /usr/local
 SYSCONFDIR = /etc
 DESTDIR =
 
-.PHONY: bench demo test test-engines test-security install uninstall
+.PHONY: bench demo fuzz test test-engines test-security install uninstall
 
 demo:
 	scripts/demo
@@ -16,9 +16,13 @@ test:
 test-engines:
 	scripts/test tests/engines
 
-# With NVHOOK_SECURITY_SECONDS in the environment, the long races.
+# What an image could try, and what holds it. With NVHOOK_SECURITY_SECONDS in the environment, the long races.
 test-security:
 	scripts/test tests/security $$(grep -o 'tests/test_[a-z_]*\.py' SECURITY.md | sort -u)
+
+# SECONDS=3600: every reader of foreign input, on inputs that no other run has had
+fuzz:
+	NVHOOK_FUZZ_SECONDS=$(or $(SECONDS),600) scripts/test -q tests/security/test_fuzz.py -k for_long
 
 # RUNS=40 ROWS=gpu,no-request PEER=DIR JSON=FILE
 bench: build/requirements.stamp

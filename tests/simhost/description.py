@@ -38,7 +38,7 @@ def load(source: Description | str | os.PathLike[str]) -> Description:
             description = json.load(file)
     except OSError as error:
         raise SimhostError(f"read `{name}`: {(error.strerror or str(error)).lower()}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise SimhostError(f"read `{name}`: not JSON: {error}") from error
     check(description, name)
     assert isinstance(description, dict)
