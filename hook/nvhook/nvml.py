@@ -19,7 +19,7 @@ import os
 import re
 
 from .errors import ConfigError, DriverError, reason
-from .linux import confine, kernel
+from .linux import confine, kernel, seccomp
 from .linux.root import DIRECTORY
 
 TYPE_CHECKING = False
@@ -136,6 +136,7 @@ def ask(config: Config, library: str) -> Report:
                 seconds=_SECONDS, memory=_MEMORY, file_size=0, files=_FILES, output=_OUTPUT, processes=_PROCESSES
             ),
             or_nobody=True,
+            calls=seccomp.LIBRARY,
         )
         return parse(json.loads(_said(ended)))
     except (ValueError, RecursionError) as error:

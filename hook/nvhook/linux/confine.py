@@ -37,17 +37,27 @@ class Bounds:
     """What the last process may use.
 
     seconds    of time, and of processor time
-    memory     bytes of address space; `file_size` bytes of each file that it writes
+    memory     bytes of address space; `data` of these that are its own, mapped files not counted in, None for no
+               limit of their own; `file_size` bytes of each file that it writes
     files      open descriptors
     processes  of its user, threads and those outside counted in; None for no limit
     output     bytes of what it prints that are kept, from the end
     """
 
-    __slots__ = ("file_size", "files", "memory", "output", "processes", "seconds")
+    __slots__ = ("data", "file_size", "files", "memory", "output", "processes", "seconds")
 
     def __init__(
-        self, *, seconds: int, memory: int, file_size: int, files: int, output: int, processes: int | None = None
+        self,
+        *,
+        seconds: int,
+        memory: int,
+        file_size: int,
+        files: int,
+        output: int,
+        data: int | None = None,
+        processes: int | None = None,
     ) -> None:
+        self.data = data
         self.seconds = seconds
         self.memory = memory
         self.file_size = file_size
@@ -81,6 +91,7 @@ def run(
     *,
     program: int | None = None,
     or_nobody: bool = False,
+    calls: bytes = b"",
 ) -> Ended:
     """`act` in a child without privileges. A step that fails ends it with status 127, and is its last line.
 
@@ -88,11 +99,12 @@ def run(
     enter       before anything is given up: the child's mounts, which are private once it has made them so
     owner       (uid, gid) that it acts as; with `or_nobody`, whoever it is, in a user namespace that has no such ids
     program     a descriptor that it keeps, as number 3
+    calls       a filter of seccomp.py on the system calls that `act` makes
     """
     output, writing = os.pipe2(os.O_CLOEXEC)
     first = os.fork()
     if first == 0:
-        _begin(directory, enter, act, owner, bounds, program, writing, or_nobody)  # does not return
+        _begin(directory, enter, act, owner, bounds, program, writing, or_nobody, calls)  # does not return
     os.close(writing)
     try:
         return _watch(first, output, bounds)
@@ -129,6 +141,7 @@ def _begin(
     program: int | None,
     output: int,
     or_nobody: bool,
+    calls: bytes,
 ) -> None:
     """In the child. Whatever fails here is told through `output`."""
     step = "start"
@@ -154,6 +167,9 @@ def _begin(
         kernel.clearenv()
         _limit(bounds)
         _drop(owner, or_nobody)
+        if calls:
+            step = "filter its system calls"
+            kernel.seccomp(calls)
         step = act[0]
         act[1]()
         os._exit(0)
@@ -194,6 +210,8 @@ def _limit(bounds: Bounds) -> None:
         (resource.RLIMIT_NOFILE, bounds.files),
         (resource.RLIMIT_CORE, 0),
     ]
+    if bounds.data is not None:
+        limits.append((resource.RLIMIT_DATA, bounds.data))
     if bounds.processes is not None:
         limits.append((resource.RLIMIT_NPROC, bounds.processes))
     for what, limit in limits:

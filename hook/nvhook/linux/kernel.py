@@ -26,6 +26,7 @@ _NR_MOUNT = 165 if _X86_64 else 40
 _NR_UMOUNT2 = 166 if _X86_64 else 39
 _NR_UNSHARE = 272 if _X86_64 else 97
 _NR_SETNS = 308 if _X86_64 else 268
+_NR_SECCOMP = 317 if _X86_64 else 277
 _NR_BPF = 321 if _X86_64 else 280
 _NR_OPEN_TREE = 428
 _NR_MOVE_MOUNT = 429
@@ -82,6 +83,9 @@ CLONE_NEWNET = 0x40000000
 PR_SET_PDEATHSIG = 1
 PR_CAPBSET_DROP = 24
 PR_SET_NO_NEW_PRIVS = 38
+
+# seccomp(2)
+SECCOMP_SET_MODE_FILTER = 1
 
 # fcntl(2): seals of a memfd
 F_ADD_SEALS = 1033
@@ -243,6 +247,13 @@ def keep_capabilities(*numbers: int) -> None:
     _syscall(_NR_CAPSET, header, struct.pack("=6I", *left))
 
 
+def seccomp(instructions: bytes) -> None:
+    """Filter this thread's system calls from now on, for good and for its children. It must have no_new_privs."""
+    code = bytearray(instructions)
+    program = struct.pack("=H6xQ", len(code) // 8, address_of(code))  # struct sock_fprog
+    _syscall(_NR_SECCOMP, SECCOMP_SET_MODE_FILTER, 0, program)
+
+
 def bpf(command: int, attr: bytearray) -> int:
     """bpf(2): `attr` is the encoded union bpf_attr; the kernel may write answers into it."""
     buffer = (_Char * len(attr)).from_buffer(attr)
@@ -250,5 +261,5 @@ def bpf(command: int, attr: bytearray) -> int:
 
 
 def address_of(buffer: bytearray) -> int:
-    """Where `buffer` lies in memory, for the pointers inside bpf_attr; valid while the caller keeps it."""
+    """Where `buffer` lies in memory, for the pointers inside other arguments; valid while the caller keeps it."""
     return _ctypes.addressof((_Char * len(buffer)).from_buffer(buffer))

@@ -4,7 +4,7 @@
 The program runs from a sealed copy in memory, so that nothing in that tree can reach the file on the host through
 /proc/<pid>/exe (CVE-2019-5736 and its family). It runs as the owner of the tree, without capabilities, without
 environment, with the tree as its whole world: namespaces of its own (confine.py), nothing below /proc, /sys and /dev,
-and limits on time, memory and file size.
+and limits on time, memory, file size and system calls (seccomp.py).
 
 `seal` is called in the host's mount namespace, `run` in the container's.
 """
@@ -15,11 +15,12 @@ import errno
 import fcntl
 import os
 
-from . import confine, kernel
+from . import confine, kernel, seccomp
 from .root import DIRECTORY, Root
 
 _SECONDS = 10
-_MEMORY = 2 << 30
+_MEMORY = 2 << 30  # every library is mapped whole
+_DATA = 256 << 20  # for the lists of 100,000 of them, and no line of gigabytes in /etc/ld.so.conf
 _FILE_SIZE = 64 << 20
 _FILES = 64
 _OUTPUT = 4096
@@ -61,8 +62,11 @@ def run(program: int, rootfs: str, root: Root, directories: tuple[str, ...], own
         (f"make `{rootfs}` the root directory", lambda: _pivot(os.path.basename(rootfs), root)),
         ("execute", lambda: os.execve(3, arguments, {})),
         owner,
-        confine.Bounds(seconds=_SECONDS, memory=_MEMORY, file_size=_FILE_SIZE, files=_FILES, output=_OUTPUT),
+        confine.Bounds(
+            seconds=_SECONDS, memory=_MEMORY, data=_DATA, file_size=_FILE_SIZE, files=_FILES, output=_OUTPUT
+        ),
         program=program,
+        calls=seccomp.LDCONFIG,
     )
     if ended.status is None:
         raise OSError(errno.ECHILD, f"not finished after {_SECONDS} s")
