@@ -286,6 +286,7 @@ def test_check_whatever_an_image_says(expression: str) -> None:
         ("384.80", None),
         ("999.1", None),
         ("not a version", None),
+        ("0.0", None),
     ],
 )
 def test_facts_of_driver(driver: str, cuda: str | None) -> None:

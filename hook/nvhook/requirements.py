@@ -89,7 +89,7 @@ def facts_of(driver: str) -> Facts:
     """
     ours = _version(driver)
     newest = _version(_MINIMUM_DRIVERS[-1][1])
-    if ours is None or newest is None or ours[0] > newest[0]:
+    if ours is None or newest is None or ours[:1] > newest[:1]:
         return Facts(driver=driver)
     known = [cuda for cuda, minimum in _MINIMUM_DRIVERS if (_version(minimum) or []) <= ours]
     return Facts(driver=driver, cuda=known[-1] if known else None)
