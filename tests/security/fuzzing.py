@@ -80,7 +80,7 @@ def _work(target: Target, examples: int, seed: int) -> str:
 
 def _hang(_signal: int, _frame: object) -> None:
     # No exception: to find the smallest input that hangs would hang too.
-    faulthandler.dump_traceback()
+    faulthandler.dump_traceback(2)
     os._exit(1)
 
 

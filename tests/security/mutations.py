@@ -78,7 +78,7 @@ def _mutated(data: bytes, others: tuple[bytes, ...], mutations: list[_Mutation])
 
 _LEAVES = (
     *(None, True, False, 0, 1, -1, 7, 255, 1 << 31, 1 << 63, 10**40, -(10**40), 1.5, 1e308, float("inf")),
-    *("", "a", "0", "/", "..", "\0", "/a\0b", "\n", "\x1b[1m", "\ud800", "é", "\u202e", "9" * 5000, "x" * 70000, "all"),
+    *("", "a", "0", "/", "..", "\0", "/a\0b", "\n", "\x1b[1m", "\ud800", "é", "\u202e", "9" * 5000, "x" * 5000, "all"),
     *("none", "void", "/dev/null", "0:1", "MIG-", "GPU-", ",", ",,,", "=", "a=", "٣"),
 )
 # Few on purpose: hypothesis takes seconds to make a table of all characters.
@@ -86,7 +86,7 @@ _WORDS = st.text(st.sampled_from("ab01/=,:.- \n\0é٣\u2028"), max_size=8)
 _VALUES = st.one_of(
     st.sampled_from(_LEAVES),
     st.sampled_from(("[]", "{}", "[[]]", "[{}]", '{"": {}}', '["a"]', '{"a": "b"}', "[0]")).map(json.loads),
-    st.sampled_from((1000, 20000)).map(lambda count: ["0"] * count),
+    st.sampled_from((300, 3000)).map(lambda count: ["0"] * count),
     st.integers(),
     _WORDS,
 )
@@ -112,12 +112,14 @@ def _objects(inner: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
 
 def _mutated_document(sample: str, mutations: list[tuple[str, list[int], Any]]) -> Any:
     top = {"": json.loads(sample)}
+    often = 300  # once: that to the power of all mutations would be more than there is memory
     for kind, steps, value in mutations:
-        _mutate(top, [0, *steps], kind, value)
+        _mutate(top, [0, *steps], kind, value, often)
+        often = 2 if kind == "repeat" else often
     return top.get("")
 
 
-def _mutate(top: Any, steps: list[int], kind: str, value: Any) -> None:
+def _mutate(top: Any, steps: list[int], kind: str, value: Any, often: int) -> None:
     """At the end of `steps`, or where there is nothing further inside."""
     parent: Any = None
     key: Any = None
@@ -133,7 +135,7 @@ def _mutate(top: Any, steps: list[int], kind: str, value: Any) -> None:
     if kind == "drop":
         del parent[key]
     elif kind == "repeat" and isinstance(parent, list):
-        parent += [here] * (1000 if len(steps) % 2 else 2)
+        parent += [here] * often
     elif kind == "rename" and isinstance(parent, dict):
         parent[value if isinstance(value, str) else "other"] = parent.pop(key)
     else:
