@@ -217,7 +217,7 @@ def test_road_of_the_wrapper_with_a_request(proc: Path) -> None:
 
 
 _HOOK_ROAD = """
-from nvhook import config, prestart, request, spec
+from nvhook import audit, config, prestart, spec
 from nvhook.container import Layout
 from nvhook.linux.root import DIRECTORY, Root
 class Container:
@@ -225,10 +225,12 @@ class Container:
     root = Root(os.open(sys.argv[3], DIRECTORY))
 described = spec.parse(spec.read_config(sys.argv[3])[0], sys.argv[3])
 settings = config.load(sys.argv[2])
-asked = request.read(described, settings)
+trail = audit.Audit(settings, "hook")
 warnings = []
+asked = trail.read(described, warnings)
 if asked:
     prestart.prepare(settings, asked, Container.root, Container.layout, warnings)
+    trail.grant()
 assert not warnings, warnings
 names()
 """

@@ -89,6 +89,7 @@ def test_only_the_hook_of_sh_is_run(shop: Workshop) -> None:
     hook = started.index(str(HOOK))
     assert started[hook : hook + 2] == [str(HOOK), "/usr/bin/flock"]
     assert started.count("/usr/bin/python3") == 1  # the wrapper
+    assert started.count(str(containers.HOOK)) == 1  # when the container is over
 
 
 @pytest.mark.root

@@ -15,7 +15,7 @@ import sys
 from .errors import NvhookError
 
 _USAGE = """\
-usage: nvidia-container-runtime-hook [--config FILE] prestart
+usage: nvidia-container-runtime-hook [--config FILE] [--no-audit] prestart
        nvidia-container-runtime-hook [--config FILE | --state-dir DIR] poststop
        nvidia-container-runtime-hook poststart | --version
 """
@@ -65,6 +65,8 @@ def _parse(arguments: list[str]) -> tuple[str, dict[str, str]]:
             options[name] = value if equals else next(words, "")
             if not options[name]:
                 raise _Usage
+        elif name == "no-audit":  # the wrapper has written who got what
+            options[name] = ""
         elif name == "version":
             command = "version"
         elif name != "debug":
@@ -75,11 +77,16 @@ def _parse(arguments: list[str]) -> tuple[str, dict[str, str]]:
 
 
 def _prestart(options: dict[str, str], default_config: str, warnings: list[str]) -> None:
-    from . import config, prestart
+    from . import audit, config, prestart
 
     settings = config.load(options.get("config", default_config), must_exist="config" in options)
     warnings += settings.warnings
-    prestart.prestart(settings, warnings)
+    trail = audit.Audit(settings, "nvidia-container-runtime-hook", silent="no-audit" in options)
+    try:
+        prestart.prestart(settings, warnings, trail)
+    except NvhookError as error:
+        trail.refuse(str(error))
+        raise
 
 
 def _poststop(options: dict[str, str], default_config: str, warnings: list[str]) -> None:

@@ -22,7 +22,6 @@ from . import (
     leftovers,
     plan,
     procfs,
-    request,
     selection,
     sockets,
     spec,
@@ -35,6 +34,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from .audit import Audit
     from .config import Config
     from .container import Container
     from .gpus import Gpus, Selection
@@ -42,13 +42,14 @@ if TYPE_CHECKING:
     from .request import Request
 
 
-def prestart(config: Config, warnings: list[str]) -> None:
+def prestart(config: Config, warnings: list[str], trail: Audit) -> None:
     """Give the container on stdin what it asks for, or nothing and an NvhookError."""
     state = spec.read_state(sys.stdin.fileno())
+    trail.container = state.id
     described = spec.parse(spec.read_config(state.bundle)[0], state.bundle)
-    asked = request.read(described, config, warnings)
+    asked = trail.read(described, warnings)
     if asked is not None:
-        serve(config, described, asked, state, None, warnings)
+        serve(config, described, asked, state, None, warnings, trail=trail)
 
 
 def serve(
@@ -59,26 +60,30 @@ def serve(
     ahead: Preparation | None,
     warnings: list[str],
     *,
-    is_allowed: bool = False,
+    trail: Audit | None = None,
 ) -> None:
     """Give it to the container of `state`. What was prepared `ahead` of it is used if the container is as expected.
 
-    `is_allowed`: its device cgroup needs no change, because the wrapper has written the rules that it takes.
+    Without a `trail` the wrapper has been here: it wrote down who gets what, and the rules of the device cgroup.
     """
     container = containers.find(state, described)
     if ahead is None or not ahead.fits(config, asked, container.root, container.layout):
         ahead = prepare(config, asked, container.root, container.layout, warnings)
+    if trail:
+        trail.chosen = ahead.chosen
     edits = ahead.edits
     for edit in edits:
         edit.examine(container)
     notes = _notes(config, state, warnings)
-    undo_access = _nothing if is_allowed else _allow(edits, described, config, container)
+    undo_access = _allow(edits, described, config, container) if trail else _nothing
     try:
         container.enter()
         editing.apply(edits, container)
     except BaseException:
         undo_access()
         raise
+    if trail:
+        trail.grant()
     if notes:
         container.be_host()
         _note(notes, state, container, edits, warnings)
@@ -108,27 +113,27 @@ def _note(
 
 
 class Preparation:
-    """`edits` with their sources open, made for a root filesystem that may turn out to be another one."""
+    """`edits` for what was `chosen`, their sources open, made for a root filesystem that may turn out to be another."""
 
-    __slots__ = ("_brands", "_compat", "_layout", "_version", "edits")
+    __slots__ = ("_compat", "_layout", "_version", "chosen", "edits")
 
     def __init__(
         self,
         edits: list[editing.Edit],
+        chosen: Selection,
         layout: containers.Layout,
         compatible: str,
         version: str,
-        brands: Callable[[], set[str]],
     ) -> None:
         self.edits = edits
+        self.chosen = chosen
         self._layout = layout
         self._compat = compatible
         self._version = version
-        self._brands = brands
 
     def fits(self, config: Config, asked: Request, root: Root, layout: containers.Layout) -> bool:
         """Whether the plan would be the same for this one."""
-        compatible = compat.find(config, asked, root, self._version, self._brands, [])
+        compatible = compat.find(config, asked, root, self._version, self.chosen.brands, [])
         return layout.describe() == self._layout.describe() and compatible == self._compat
 
 
@@ -168,7 +173,7 @@ def prepare(
         kmods.make_nodes(config, [edit for edit in edits if isinstance(edit, editing.Device)], warnings)
         try:
             _prepare(edits, config)
-            return Preparation(edits, layout, compatible, gpus.driver_version, chosen.brands)
+            return Preparation(edits, chosen, layout, compatible, gpus.driver_version)
         except editing.SourceGone as gone:
             lost = str(gone)
     raise DriverError(f"`{lost}` disappeared while the container was prepared", "reinstall the driver")

@@ -5,7 +5,8 @@ The rules are NVIDIA's (NVIDIA Container Toolkit, image model), so that an image
 host is looked at: whether the devices exist is gpus.py's question.
 
 Where a device list comes from, the first that has one wins:
-    annotations   `cdi.k8s.io/*`, when every name in them is fully qualified (nvidia.com/gpu=0)
+    annotations   `cdi.k8s.io/*`, when every name in them is fully qualified (nvidia.com/gpu=0);
+                  those of an unprivileged container of Podman's only if config.toml accepts its variables
     mounts        /dev/null onto /var/run/nvidia-container-devices/<device>, if config.toml accepts them
     environment   the variables of `swarm-resource` that are set, else NVIDIA_VISIBLE_DEVICES; of an unprivileged
                   container only if config.toml accepts that
@@ -22,6 +23,7 @@ from .spec import Spec
 DEFAULT_CAPABILITIES = ("compute", "utility")
 VOLUME_ROOT = "/var/run/nvidia-container-devices/"
 _ANNOTATION_PREFIX = "cdi.k8s.io/"
+_ANNOTATIONS, _MOUNTS = "annotations", "volume mounts"
 _MAX_CHANNEL = (1 << 20) - 1  # a minor number has 20 bits
 _MAX_DEVICES = 1024
 _MAX_CHANNELS = 2048  # that the driver has, unless its administrator says otherwise
@@ -100,19 +102,37 @@ def read(spec: Spec, config: Config, warnings: list[str] | None = None) -> Reque
 
 
 def _devices(spec: Spec, config: Config, warnings: list[str]) -> tuple[tuple[str, ...], str]:
+    devices, source = _found(spec, config)
+    names = _normalised(devices)
+    if names and not _is_of_the_engine(source, spec) and not (spec.privileged or config.accept_env_when_unprivileged):
+        warnings.append(f"{source} of an unprivileged container is ignored, as config.toml says")
+        return (), ""
+    return names, source
+
+
+def _is_of_the_engine(source: str, spec: Spec) -> bool:
+    """Whether no image can have written it. Older Podmans pass an image's annotations on, and set this one last."""
+    if source == _ANNOTATIONS:
+        return spec.annotations.get("io.container.manager") != "libpod"
+    return source == _MOUNTS
+
+
+def origin(spec: Spec, config: Config) -> str:
+    """Where the device list comes from, whatever becomes of it; empty where there is none."""
+    devices, source = _found(spec, config)
+    return source if devices else ""
+
+
+def _found(spec: Spec, config: Config) -> tuple[list[str], str]:
+    """The devices as written, and where."""
     devices = _from_annotations(spec.annotations)
     if devices:
-        return _normalised(devices), "annotations"
+        return devices, _ANNOTATIONS
     if config.accept_volume_mounts:
         devices = [name for name in _from_mounts(spec.mounts) if not name.startswith("imex/")]
         if devices:
-            return _normalised(devices), "volume mounts"
-    devices, variable = _from_env(spec.env, config)
-    names = _normalised(devices)
-    if names and not (spec.privileged or config.accept_env_when_unprivileged):
-        warnings.append(f"{variable} of an unprivileged container is ignored, as config.toml says")
-        return (), ""
-    return names, variable
+            return devices, _MOUNTS
+    return _from_env(spec.env, config)
 
 
 def _from_annotations(annotations: dict[str, str]) -> list[str]:

@@ -10,15 +10,18 @@ from __future__ import annotations
 import os
 import sys
 
+from nvhook import audit, spec
 from nvhook import config as configuration
-from nvhook import request, spec
 from nvhook.errors import NvhookError, RuntimeLookupError, reason
 
 from . import bundle
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from nvhook.audit import Audit
     from nvhook.config import Config
+
+_PROGRAM = "nvidia-container-runtime"
 
 # What the hook's process finds in its environment: nothing of the image's, and never nothing at all, because an
 # empty list means to some runtimes that the hook inherits theirs (CVE-2025-23266).
@@ -37,6 +40,7 @@ def main(hook: str, config_path: str, candidates: str, runtime: str, arguments: 
     """
     warnings: list[str] = []
     log = Log(arguments)
+    trail = None
     try:
         config = _load(config_path)
         log.also(config.log_file, config.log_level)
@@ -46,12 +50,17 @@ def main(hook: str, config_path: str, candidates: str, runtime: str, arguments: 
                 f"no runtime binary found from candidate list: [{candidates}]",
                 "install runc, or set `nvidia-container-runtime.runtimes` in config.toml",
             )
-        edit(arguments, hook, config, warnings)
+        # The container's id is the last word of runc's command line.
+        trail = audit.Audit(config, _PROGRAM, arguments[-1], log.write)
+        edit(arguments, hook, config, warnings, trail)
         log.warn(warnings)
+        trail.grant()
         become(runtime, arguments)
     except NvhookError as error:
         log.warn(warnings)
-        log.write("error", str(error))
+        if trail:
+            trail.refuse(str(error))
+        log.write("error", str(error))  # the last one: engines show it
         print(f"nvidia-container-runtime: {error}", file=sys.stderr)
     return 1
 
@@ -79,12 +88,12 @@ def _load(config_path: str) -> Config:
     return configuration.load(chosen or config_path, must_exist=bool(chosen))
 
 
-def edit(arguments: list[str], hook: str, config: Config, warnings: list[str]) -> None:
+def edit(arguments: list[str], hook: str, config: Config, warnings: list[str], trail: Audit) -> None:
     """Change the config.json of the bundle that `arguments` name, if its container asks for GPUs."""
     place = bundle.directory(arguments)
     document, status = spec.read_config(place)
     described = spec.parse(document, place)
-    asked = request.read(described, config, warnings)
+    asked = trail.read(described, warnings)
     if asked is None:
         return
     from nvhook import caps, dri, features, host, kmods, plan, selection  # only for a container that asks
@@ -92,7 +101,7 @@ def edit(arguments: list[str], hook: str, config: Config, warnings: list[str]) -
     from . import standby
 
     gpus = host.read(config, asked, warnings)
-    chosen = selection.choose(config, asked, gpus, warnings)
+    chosen = trail.chosen = selection.choose(config, asked, gpus, warnings)
     task = standby.Task(config, described, asked, gpus, chosen, bundle=place, id=arguments[-1])
     standby_place = standby.leave(task)
     extras = [caps.find(config, asked, chosen, gpus), features.find(config, asked, warnings)]
@@ -102,7 +111,7 @@ def edit(arguments: list[str], hook: str, config: Config, warnings: list[str]) -
         bundle.add_device_rules(document, [node.rule() for node in nodes])
     if not config.no_additional_gids:
         bundle.add_groups(document, [node.gid for node in nodes if node.needs_group()])
-    which = ["--config", os.path.abspath(config.path)] if config.path else []
+    which = ["--no-audit", *(["--config", os.path.abspath(config.path)] if config.path else [])]
     if standby_place:
         bundle.add_hook(document, "prestart", _STANDBY_HOOK, ["--standby", standby_place, *which], HOOK_ENV)
     else:
@@ -137,23 +146,12 @@ class Log:
         warnings.clear()
 
     def write(self, level: str, message: str) -> None:
+        line = audit.entry(level, f"{_PROGRAM}: {message}", as_json=self._is_json)
         for path in self._paths:
-            try:
-                fd = os.open(path, os.O_CREAT | os.O_APPEND | os.O_WRONLY | os.O_CLOEXEC, 0o644)
-                with open(fd, "wb") as file:
-                    file.write(self._line(level, message).encode("utf-8", "backslashreplace"))
-            except OSError:
-                continue
-
-    def _line(self, level: str, message: str) -> str:
-        from json import dumps
-        from time import gmtime, strftime
-
-        message = f"nvidia-container-runtime: {message}"
-        time = strftime("%Y-%m-%dT%H:%M:%SZ", gmtime())
-        if self._is_json:
-            return dumps({"level": level, "msg": message, "time": time}) + "\n"
-        return f"time={dumps(time)} level={level} msg={dumps(message)}\n"
+            fd = audit.open_log(path)
+            if fd >= 0:
+                audit.append(fd, line)
+                os.close(fd)
 
 
 def _option(arguments: list[str], name: str) -> str:

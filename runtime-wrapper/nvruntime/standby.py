@@ -184,7 +184,7 @@ def _serve(task: Task, wake: int, ahead: Preparation | None, fault: NvhookError 
         raise fault
     warnings: list[str] = []
     try:
-        prestart.serve(task.config, task.described, task.asked, state, ahead, warnings, is_allowed=True)
+        prestart.serve(task.config, task.described, task.asked, state, ahead, warnings)
     finally:
         said += [f"warning: {warning}" for warning in warnings]
 

@@ -219,7 +219,7 @@ def test_gpus_option_with_the_runtime_runs_one_hook(docker: Docker) -> None:
         "--standby",
         "standby",
     )
-    assert others == ["--config", str(docker.config), "prestart"]
+    assert others == ["--no-audit", "--config", str(docker.config), "prestart"]
     assert all(hook["env"][0].startswith("PATH=") and len(hook["env"]) == 1 for hook in hooks)
     rules = [(rule.get("major"), rule.get("minor")) for rule in config["linux"]["resources"]["devices"]]
     assert all(rules.count((195, minor)) == 1 for minor in (0, 1, 255))

@@ -1,0 +1,173 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Who got which GPUs, and who was refused them and why: a line for each, for whoever has to say so later.
+
+To syslog (authpriv, the host's /dev/log) and to `nvidia-container-runtime.debug`; what the wrapper grants, to the
+engine's log too. That has level info, and `log-level` decides as ever; a refusal has warning or error. A place that
+cannot be written is no reason not to start a container, and none is waited for.
+"""
+
+from __future__ import annotations
+
+import os
+
+from . import quickjson, request
+from .errors import one_line
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+    from .config import Config
+    from .gpus import Selection
+    from .request import Request
+    from .spec import Spec
+
+_AUTHPRIV = 10 << 3
+_SEVERITIES = {"error": 3, "warning": 4, "info": 6}
+_SILENT = {  # log-level -> what is not written
+    "warning": ("info",),
+    "warn": ("info",),
+    "error": ("info", "warning"),
+    "fatal": ("info", "warning"),
+    "panic": ("info", "warning"),
+}
+_MOST = 4000  # characters of one value; the whole has to go into a datagram
+
+
+class Audit:
+    """Lines about one container. `container` is its id; `chosen` what it gets, once that is known.
+
+    log      writes a line with its level to more files than that of config.toml, in its place
+    silent   somebody else writes the lines
+    """
+
+    __slots__ = ("_config", "_described", "_file", "_log", "_program", "_socket", "asked", "chosen", "container")
+
+    def __init__(
+        self,
+        config: Config,
+        program: str,
+        container: str = "",
+        log: Callable[[str, str], None] | None = None,
+        *,
+        silent: bool = False,
+    ) -> None:
+        self._config = config
+        self._program = program
+        self._log = log
+        self._file = -2 if silent else -1
+        self._socket = -1
+        self._described: Spec | None = None
+        self.container = container
+        self.asked: Request | None = None
+        self.chosen: Selection | None = None
+
+    def read(self, described: Spec, warnings: list[str]) -> Request | None:
+        """request.read, and a line for what the policy drops. The files are open from then on, for when another mount
+        namespace has been entered."""
+        self._described = described
+        before = len(warnings)
+        self.asked = request.read(described, self._config, warnings)
+        if self.asked or warnings[before:]:
+            self._open()
+        for warning in warnings[before:]:
+            self.refuse(warning, "warning")
+        return self.asked
+
+    def grant(self) -> None:
+        if not self.asked or not self.chosen:
+            return
+        asked, gpus = self.asked, [f"{gpu.index} ({gpu.uuid})" for gpu in self.chosen.gpus]
+        facts: dict[str, Iterable[object]] = {
+            "asked_by": [asked.origin],
+            "gpus": gpus or asked.devices,  # WSL 2 shows none, and has all; `none` is the driver alone
+            "migs": self.chosen.migs,
+            "capabilities": asked.capabilities,
+            "imex_channels": asked.imex_channels,
+            "features": asked.features,
+            "mig_rights": asked.mig_rights,
+        }
+        self._write("info", "granted", {name: ", ".join(map(str, values)) for name, values in facts.items()})
+
+    def refuse(self, why: str, level: str = "error") -> None:
+        """Nothing is written of a container that asks for nothing."""
+        if self.asked:
+            origin = self.asked.origin
+        elif self._described:
+            origin = request.origin(self._described, self._config)
+        else:
+            return
+        self._open()
+        self._write(level, "refused", {"asked_by": origin, "why": why})
+
+    def _open(self) -> None:
+        if self._file != -1 or self._socket != -1:
+            return
+        self._socket = _syslog(os.path.join(self._config.dev_root, "dev/log"))
+        self._file = open_log(self._config.log_file)
+
+    def _write(self, level: str, what: str, facts: dict[str, str]) -> None:
+        if self._file == -2 or level in _SILENT.get(self._config.log_level, ()):
+            return
+        # In quotes, and on one line: no name that an image chose can pass for a fact.
+        values = {"container": self.container, **facts}
+        quoted = (f"{name}={_quoted(value)}" for name, value in values.items() if value)
+        message = f"GPUs {what}: {' '.join(quoted)}"
+        if self._log and level == "info":  # of a refusal the engine's log has the error itself
+            self._log(level, message)
+        elif self._file >= 0:
+            append(self._file, entry(level, f"{self._program}: {message}"))
+        if self._socket >= 0:
+            from time import localtime, strftime
+
+            time = strftime("%b %e %H:%M:%S", localtime())
+            line = f"<{_AUTHPRIV | _SEVERITIES[level]}>{time} {self._program}[{os.getpid()}]: {message}"
+            append(self._socket, line.encode("utf-8", "backslashreplace"))
+
+
+def open_log(path: str) -> int:
+    """A descriptor to append with, or -1. A pipe that nobody reads would hold us up."""
+    if not path or path == "/dev/null":
+        return -1
+    try:
+        return os.open(path, os.O_CREAT | os.O_APPEND | os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC, 0o644)
+    except OSError:
+        return -1
+
+
+def entry(level: str, message: str, *, as_json: bool = False) -> bytes:
+    """A line as runc writes it to its `--log`."""
+    from time import gmtime, strftime
+
+    time = strftime("%Y-%m-%dT%H:%M:%SZ", gmtime())
+    if as_json:
+        return quickjson.dumps({"level": level, "msg": one_line(message), "time": time}) + b"\n"
+    return f'time="{time}" level={level} msg={_quoted(message)}\n'.encode()
+
+
+def _quoted(text: str) -> str:
+    plain = one_line(text if len(text) <= _MOST else f"{text[:_MOST]}…")
+    return quickjson.dumps(plain).decode()
+
+
+def _syslog(path: str) -> int:
+    if not os.path.exists(path):
+        return -1
+    from .linux import kernel  # `import socket` costs 6 ms, for two calls
+
+    fd = -1
+    try:
+        fd = kernel.socket(kernel.AF_UNIX, kernel.SOCK_DGRAM | kernel.SOCK_NONBLOCK | kernel.SOCK_CLOEXEC)
+        kernel.connect(fd, path)
+    except OSError:
+        if fd >= 0:
+            os.close(fd)
+        return -1
+    return fd
+
+
+def append(fd: int, line: bytes) -> None:
+    try:
+        os.write(fd, line)
+    except OSError:
+        return  # a full disk, a logger that is behind
