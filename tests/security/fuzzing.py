@@ -22,6 +22,7 @@ from security.targets import Target
 _SECONDS = 1.0  # of processor time for one execution
 _HANG = 10  # of any time
 _MEMORY = 100 << 20  # bytes beyond what the worker has when it begins
+_WORKER = 4 << 30  # bytes: making the inputs may not take the machine either
 _BATCH = 2000
 
 
@@ -68,6 +69,7 @@ def _work(target: Target, examples: int, seed: int) -> str:
             target.call(value)
 
     signal.signal(signal.SIGALRM, _hang)
+    resource.setrlimit(resource.RLIMIT_AS, (_WORKER, resource.RLIM_INFINITY))
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -95,7 +97,7 @@ def _limited() -> Iterator[None]:
     try:
         yield
     finally:
-        resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+        resource.setrlimit(resource.RLIMIT_AS, (_WORKER, resource.RLIM_INFINITY))
         signal.alarm(0)
     spent = time.process_time() - begin
     assert spent < _SECONDS, f"{spent:.1f} s"
