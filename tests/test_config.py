@@ -133,6 +133,11 @@ def test_load_does_not_parse(tmp_path: Path, text: str | bytes) -> None:
     assert "error: parse `" in _error(tmp_path, text)
 
 
+def test_load_file_without_end(tmp_path: Path) -> None:
+    assert "larger than 65536 bytes; this is no config.toml" in _error(tmp_path, "#" * 65537)
+    _load(tmp_path, "#" * 65536)
+
+
 # Values
 
 

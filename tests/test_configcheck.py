@@ -177,8 +177,8 @@ ERRORS = [
     ("x = '''\n\n", "3: Expected \"'''\" at line 3, column 1; correct it"),
     ("\n\n[a", "3: Expected ']' at the end of a table declaration at line 3, column 3; correct it"),
     (b"\na = '\xff'", "2: the byte 0xff at line 2, column 6 is not UTF-8; save it as UTF-8"),
-    ("x = " + "[" * 100_000, " too deeply nested; take levels away"),
-    (b"#" * 10_000_000, " is larger than 1 MiB; this is no config.toml"),
+    ("x = " + "[" * 50_000, " too deeply nested; take levels away"),
+    (b"#" * 10_000_000, " is larger than 64 KiB; this is no config.toml"),
 ]
 WARNINGS = [
     ("colour = 1", "1: colour: unknown key is ignored; check its spelling, or take it out"),

@@ -15,6 +15,8 @@ from .errors import ConfigError, reason
 
 CAPABILITIES = ("compat32", "compute", "display", "graphics", "ngx", "utility", "video")
 
+MAX_SIZE = 1 << 16  # bytes; one has a few thousand, and tomllib takes seconds for what can be in a million
+
 # Key -> default. The type of the default is the type that the value must have.
 _KEYS: dict[str, object] = {
     "disable-require": False,
@@ -141,13 +143,15 @@ def load(path: str, *, must_exist: bool = False) -> Config:
     """
     try:
         with open(path, "rb") as file:
-            content = file.read()
+            content = file.read(MAX_SIZE + 1)
     except FileNotFoundError:
         if must_exist:
             raise ConfigError(f"read `{path}`: no such file") from None
         return Config(dict(_KEYS), "", [])
     except OSError as error:
         raise ConfigError(f"read `{path}`: {reason(error)}") from None
+    if len(content) > MAX_SIZE:
+        raise ConfigError(f"read `{path}`: larger than {MAX_SIZE} bytes", "this is no config.toml")
     try:
         return _from_table(_parse(content, path), path)
     except RecursionError:

@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from typing import Any  # noqa: TID251 - never at run time
 
 SCHEMA = os.path.join(os.path.dirname(os.path.abspath(__file__)), "config.schema.json")
-_LIMIT = 1 << 20  # a config.toml has a few thousand bytes
 
 
 class _FileError(Exception):
@@ -63,13 +62,13 @@ def _read(path: str) -> str:
         with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
             if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
                 raise _FileError("is not a file; name a config.toml")
-            content = file.read(_LIMIT + 1)
+            content = file.read(config.MAX_SIZE + 1)
     except IsADirectoryError:
         raise _FileError("is a directory; name the config.toml in it") from None
     except OSError as error:
         raise _FileError(f"{reason(error)}; {_remedy(error)}") from None
-    if len(content) > _LIMIT:
-        raise _FileError("is larger than 1 MiB; this is no config.toml")
+    if len(content) > config.MAX_SIZE:
+        raise _FileError("is larger than 64 KiB; this is no config.toml")
     try:
         return content.decode()
     except UnicodeDecodeError as error:
