@@ -199,6 +199,7 @@ STATE = json.dumps({"pid": 1, "bundle": "/b", "annotations": {"a": "\\ %s $(id) 
     [
         pytest.param("0\n", 0, "", id="done"),
         pytest.param("0\na warning\nand another\n", 0, "a warning\nand another\n", id="warnings"),
+        pytest.param("1\nan answer that was cut", 1, "an answer that was cut\n", id="cut"),
         pytest.param("1\nmount error: `\\n %s $(id)`\n", 1, "mount error: `\\n %s $(id)`\n", id="error"),
     ],
 )

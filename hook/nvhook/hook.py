@@ -98,7 +98,7 @@ def _poststop(options: dict[str, str], default_config: str, warnings: list[str])
     try:
         directory = options.get("state-dir", "")
         if not directory:
-            from . import config  # 14 ms more, where no wrapper has said it
+            from . import config  # only where no wrapper has said it
 
             directory = config.load(options.get("config", default_config), must_exist="config" in options).state_dir
         leftovers.clean(directory, spec.read_state(sys.stdin.fileno(), is_alive=False))

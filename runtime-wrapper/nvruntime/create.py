@@ -23,11 +23,12 @@ if TYPE_CHECKING:
 
 _PROGRAM = "nvidia-container-runtime"
 
-# What the hook's process finds in its environment: nothing of the image's, and never nothing at all, because an
-# empty list means to some runtimes that the hook inherits theirs (CVE-2025-23266).
+# The hook of a few lines that wakes the process which stands by (standby.py), beside this package.
 _STANDBY_HOOK = os.path.join(
     os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "standby/nvidia-container-runtime-hook"
 )
+# What the hook's process finds in its environment: nothing of the image's, and never nothing at all, because an
+# empty list means to some runtimes that the hook inherits theirs (CVE-2025-23266).
 HOOK_ENV = ["PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"]
 
 
@@ -103,7 +104,7 @@ def edit(arguments: list[str], hook: str, config: Config, warnings: list[str], t
     gpus = host.read(config, asked, warnings)
     chosen = trail.chosen = selection.choose(config, asked, gpus, warnings)
     task = standby.Task(config, described, asked, gpus, chosen, bundle=place, id=arguments[-1])
-    standby_place = standby.leave(task)
+    standby_place = standby.leave(task)  # it works while we do the rest
     extras = [caps.find(config, asked, chosen, gpus), features.find(config, asked, warnings)]
     nodes = plan.devices(asked, chosen.gpus, gpus, dri.find(config, asked, chosen.gpus), extras)
     kmods.make_nodes(config, nodes, warnings)

@@ -23,7 +23,7 @@ import signal
 import time
 
 from nvhook import leftovers, spec
-from nvhook.errors import NvhookError, SpecError
+from nvhook.errors import NvhookError, SpecError, one_line
 from nvhook.linux import userns
 
 TYPE_CHECKING = False
@@ -132,7 +132,7 @@ def _stand_by(task: Task, place: str, ends: list[int], runtime: int) -> None:
     except NvhookError as error:
         status = 1
         said.append(str(error))
-    text = "".join(f"nvidia-container-runtime-hook: {line}\n" for line in said)
+    text = "".join(f"nvidia-container-runtime-hook: {one_line(line)}\n" for line in said)
     os.write(answer, f"{status}\n{text}".encode(errors="backslashreplace")[:_MAX_ANSWER])
 
 
