@@ -24,6 +24,7 @@ import time
 from . import kernel
 
 _CHUNK = 1 << 16
+_DYING = 1.0  # seconds
 _NAMESPACES = kernel.CLONE_NEWNS | kernel.CLONE_NEWPID | kernel.CLONE_NEWIPC | kernel.CLONE_NEWUTS | kernel.CLONE_NEWNET
 
 TYPE_CHECKING = False
@@ -127,9 +128,19 @@ def _watch(first: int, output: int, bounds: Bounds) -> Ended:
             del text[: -bounds.output]
         if time.monotonic() > end:
             break
-    os.kill(first, 9)
-    os.waitpid(first, 0)
+    _end(first)
     return Ended(None, bytes(text[-bounds.output :]), printed)
+
+
+def _end(first: int) -> None:
+    """Kill it, and wait for that: but a process that the kernel holds up does not die, and nor may we."""
+    over = os.pidfd_open(first)
+    try:
+        os.kill(first, 9)
+        select.select([over], [], [], _DYING)
+        os.waitpid(first, os.WNOHANG)
+    finally:
+        os.close(over)
 
 
 def _begin(
