@@ -295,3 +295,22 @@ def test_open_when_the_kernel_could_not_be_sure(tree: Path, monkeypatch: pytest.
     fd = Root(os.open(tree, DIRECTORY)).open("a/up/file")
     assert os.path.samestat(os.fstat(fd), (tree / "a/b/file").stat())
     os.close(fd)
+
+
+def test_real_path_is_of_the_kind_that_is_asked_for(tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "real/file").touch()
+    (tmp_path / "link").symlink_to("/real")
+    root = Root(os.open(tmp_path, DIRECTORY))
+    assert root.real_path("/link/file", stat.S_IFREG) == f"{tmp_path}/real/file"
+    assert root.real_path("/link", stat.S_IFDIR) == f"{tmp_path}/real"
+    assert root.real_path("/link", stat.S_IFREG) == ""
+    assert root.real_path("/missing", stat.S_IFREG) == ""
+
+
+def test_names_of_a_directory(tmp_path: Path) -> None:
+    for name in ("b", "a"):
+        (tmp_path / name).touch()
+    root = Root(os.open(tmp_path, DIRECTORY))
+    assert root.names("/") == ["a", "b"]
+    assert root.names("/missing") == root.names("/a") == []

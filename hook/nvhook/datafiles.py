@@ -127,7 +127,7 @@ def _shared(root: Root, beside: list[str], version: str, warnings: list[str]) ->
         for template in names:
             name = template.replace("{version}", version)
             for place in places:
-                path = _real_path(root, f"{place}/{directory}/{name}")
+                path = root.real_path(f"{place}/{directory}/{name}", stat.S_IFREG)
                 content = _json(path, warnings) if path and name.endswith(".json") else ""
                 if path and content is not None:
                     keeps = "/etc" if place == "/etc" else "/usr/share"
@@ -139,7 +139,7 @@ def _shared(root: Root, beside: list[str], version: str, warnings: list[str]) ->
 
 def _opencl(root: Root, beside: list[str]) -> list[File]:
     for place in dict.fromkeys(["/etc", *(f"{place}/etc" for place in beside)]):
-        path = _real_path(root, f"{place}/{_OPENCL}")
+        path = root.real_path(f"{place}/{_OPENCL}", stat.S_IFREG)
         if path:
             return [File(path, f"/etc/{_OPENCL}", ("compute",), content=_opencl_content(path))]
     return []
@@ -165,7 +165,7 @@ def _xorg(root: Root, directories: list[str], version: str) -> list[File]:
     files = []
     for names in ((_XORG_DRIVER,), (f"{_XORG_GLX}.{version}", _XORG_GLX)):
         for place, name in ((place, name) for place in places for name in names):
-            path = _real_path(root, f"{place}/{name}")
+            path = root.real_path(f"{place}/{name}", stat.S_IFREG)
             real_name = os.path.basename(path)
             if path and real_name in names:
                 files.append(File(path, f"{_in_system(place)}/{real_name}", _DISPLAY))
@@ -190,36 +190,13 @@ def _firmware(root: Root, places: list[str], version: str) -> list[File]:
         directory = f"{place}/nvidia/{version}"
         keeps = directory if place == "/usr/lib/firmware" else f"/lib/firmware/nvidia/{version}"
         files = []
-        for name in _names(root, directory):
-            path = _real_path(root, f"{directory}/{name}")
+        for name in root.names(directory)[:_MAX_NAMES]:
+            path = root.real_path(f"{directory}/{name}", stat.S_IFREG)
             if path and name.startswith("gsp") and name.endswith(".bin"):
                 files.append(File(path, f"{keeps}/{name}", ("compute", "utility")))
         if files:
             return files
     return []
-
-
-def _names(root: Root, directory: str) -> list[str]:
-    try:
-        fd = root.open(directory, os.O_RDONLY | os.O_DIRECTORY)
-    except OSError:
-        return []
-    try:
-        return sorted(os.listdir(fd)[:_MAX_NAMES])
-    finally:
-        os.close(fd)
-
-
-def _real_path(root: Root, path: str) -> str:
-    """The path without links of a regular file; empty where there is none."""
-    try:
-        fd = root.open(path)
-    except OSError:
-        return ""
-    try:
-        return os.readlink(f"/proc/self/fd/{fd}") if stat.S_ISREG(os.fstat(fd).st_mode) else ""
-    finally:
-        os.close(fd)
 
 
 def _json(path: str, warnings: list[str]) -> str | None:

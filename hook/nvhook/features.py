@@ -72,19 +72,7 @@ def _files(driver_root: str, feature: str) -> list[Data]:
     except OSError:
         return []
     try:
-        found = [(_real_path(root, path, what), path, what) for path, what in _DATA.get(feature, ())]
+        found = [(root.real_path(path, _TYPES[what]), path, what) for path, what in _DATA.get(feature, ())]
     finally:
         os.close(root.fd)
     return [Data(real, path, what) for real, path, what in found if real]
-
-
-def _real_path(root: Root, path: str, what: str) -> str:
-    """The path without links; empty where there is none, or another kind of file."""
-    try:
-        fd = root.open(path)
-    except OSError:
-        return ""
-    try:
-        return os.readlink(f"/proc/self/fd/{fd}") if stat.S_IFMT(os.fstat(fd).st_mode) == _TYPES[what] else ""
-    finally:
-        os.close(fd)

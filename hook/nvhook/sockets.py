@@ -44,7 +44,7 @@ def find(driver_root: str) -> list[Socket]:
         found = []
         for name, capabilities in _DAEMONS:
             for run in ("/run", "/var/run"):
-                path = _real_path(root, f"{run}/{name}")
+                path = root.real_path(f"{run}/{name}", stat.S_IFSOCK)
                 if path:
                     found.append(Socket(path, f"/run/{name}", "socket", capabilities))
                     break
@@ -55,17 +55,6 @@ def find(driver_root: str) -> list[Socket]:
         return found
     finally:
         os.close(root.fd)
-
-
-def _real_path(root: Root, path: str) -> str:
-    try:
-        fd = root.open(path)
-    except OSError:
-        return ""
-    try:
-        return os.readlink(f"/proc/self/fd/{fd}") if stat.S_ISSOCK(os.fstat(fd).st_mode) else ""
-    finally:
-        os.close(fd)
 
 
 def _mps_directory(root: Root, path: str) -> str:

@@ -56,7 +56,7 @@ def discover(driver_root: str, store: str) -> Driver:
     root = Root(os.open(driver_root, DIRECTORY))
     directory = f"{_STORES}/{store}"
     libraries, binaries, files = [], [], []
-    for path in [*(f"{directory}/{name}" for name in _names(root, directory)), _DXCORE]:
+    for path in [*(f"{directory}/{name}" for name in root.names(directory)), _DXCORE]:
         name = os.path.basename(path)
         real, header = discovery.examine(root, path)
         if header is not None and header.kind == "shared":
@@ -78,7 +78,7 @@ def _stores(driver_root: str) -> list[str]:
     except OSError:
         return []
     found = []
-    for name in _names(root, _STORES):
+    for name in root.names(_STORES):
         try:
             fd = root.open(f"{_STORES}/{name}/{_CUDA}")
         except OSError:
@@ -87,14 +87,3 @@ def _stores(driver_root: str) -> list[str]:
         os.close(fd)
     os.close(root.fd)
     return [name for _, name in sorted(found)]
-
-
-def _names(root: Root, directory: str) -> list[str]:
-    try:
-        fd = root.open(directory, os.O_RDONLY | os.O_DIRECTORY)
-    except OSError:
-        return []
-    try:
-        return sorted(os.listdir(fd))
-    finally:
-        os.close(fd)

@@ -84,6 +84,28 @@ class Root:
         finally:
             os.close(held)
 
+    def real_path(self, path: str, kind: int) -> str:
+        """Its path without links, or empty if it is of another kind (stat.S_IFREG, …). In the host's namespace."""
+        try:
+            fd = self.open(path)
+        except OSError:
+            return ""
+        try:
+            return os.readlink(f"/proc/self/fd/{fd}") if stat.S_IFMT(os.fstat(fd).st_mode) == kind else ""
+        finally:
+            os.close(fd)
+
+    def names(self, path: str) -> list[str]:
+        """What a directory holds, sorted; nothing where there is none."""
+        try:
+            fd = self.open(path, os.O_RDONLY | os.O_DIRECTORY)
+        except OSError:
+            return []
+        try:
+            return sorted(os.listdir(fd))
+        finally:
+            os.close(fd)
+
     def open_directory(self, path: str, made: list[tuple[int, str]]) -> int:
         """A descriptor for the directory `path`; missing ones are made with mode 0755.
 
