@@ -11,8 +11,9 @@ from typing import Any
 import jsonschema
 import pytest
 
-from nvhook import config, configcheck
+from nvhook import config
 from nvhook.cli import main
+from nvhook.commands import configcheck
 from nvhook.errors import ConfigError
 
 SHIPPED = Path(__file__).parent.parent / "etc/config.toml"
@@ -234,7 +235,7 @@ def test_check_text_that_python_gives_up_on(
 ) -> None:
     path = tmp_path / "config.toml"
     path.write_text(text)
-    assert configcheck.run(str(path), must_exist=True) == 1
+    assert configcheck.check(str(path), must_exist=True) == 1
     assert capsys.readouterr().out.startswith(f"{path}{said}")
 
 

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from nvhook import cli, config, request, spec
-from nvhook.documents import Document, Json, Toml
+from nvhook.commands.documents import Document, Json, Toml
 from nvhook.errors import ConfigError
 
 if sys.version_info >= (3, 11):
@@ -838,7 +838,10 @@ def test_file_that_cannot_be_written(host: Host) -> None:
     file = _write(host.place / "daemon.json", "{}")
     modules = str(Path(cli.__file__).parent.parent)
     # Imported first: the user may not come to where the modules are.
-    early = "import difflib, hashlib, os, sys, tomlkit; from nvhook import changes, cli, configure, documents, engines"
+    early = (
+        "import difflib, hashlib, os, sys, tomlkit; from nvhook import cli; "
+        "from nvhook.commands import changes, configure, documents, engines"
+    )
     code = f"{early}; os.setuid(65534); sys.exit(cli.main(sys.argv[1:], '/nonexistent'))"
     words = ["configure", "docker", "--config-file", str(file), "--runtime-path", "/bin/true"]
     for directory in [host.place, *host.place.parents]:

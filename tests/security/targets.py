@@ -24,8 +24,6 @@ from conftest import DEVICES, HOSTS, VERSION_LINE
 from nvhook import (
     caps,
     compat,
-    configcheck,
-    documents,
     dri,
     gpus,
     inventory,
@@ -41,6 +39,7 @@ from nvhook import (
     spec,
 )
 from nvhook import config as configuration
+from nvhook.commands import configcheck, documents
 from nvhook.container import Layout
 from nvhook.errors import NvhookError
 from nvhook.gpus import Gpu, Gpus
@@ -472,7 +471,7 @@ def config_toml(text: str) -> None:
     with contextlib.suppress(NvhookError):
         configuration.load(str(path))
     with contextlib.redirect_stdout(io.StringIO()):
-        configcheck.run(str(path), must_exist=True)
+        configcheck.check(str(path), must_exist=True)
 
 
 @_target(mutations.text(_TOMLS, _TOML_WORDS))

@@ -6,26 +6,35 @@ What is said to which engine is in engines.py, how a file is changed in changes.
 
 from __future__ import annotations
 
-import argparse  # noqa: TID251 - the people's command
+import argparse
 import os
 import re
 import shutil
 import sys
 
-from . import changes
+from nvhook.errors import ConfigError
+
+from . import changes, load
 from .engines import ENGINES, SWARM_VARIABLE, Wanted
-from .errors import ConfigError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from .config import Config
+    from nvhook.config import Config
+
+    from . import Subparsers
     from .engines import Engine
 
 _RUNTIME = "nvidia-container-runtime"
 _COLOURS = {"+": "\033[32m", "-": "\033[31m", "@": "\033[36m"}
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add(commands: Subparsers) -> None:
+    parser = commands.add_parser(
+        "configure",
+        help="register the runtime in a container engine",
+        description="Register the runtime in a container engine's configuration; the change is shown as a diff.",
+        epilog="nvhook configure docker --set-as-default --restart",
+    )
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--set-as-default", action="store_true", help="make it the default runtime")
     common.add_argument("--cdi", action="store_true", help="let the engine take CDI devices")
@@ -41,12 +50,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         chosen = engines.add_parser(engine.name, parents=[common], help=about, description=about)
         if engine.name == "docker":
             chosen.add_argument("--swarm-resource", action="store_true", help="announce this node's GPUs to Swarm")
-    parser.set_defaults(swarm_resource=False)
+    parser.set_defaults(run=run, swarm_resource=False)
 
 
-def run(options: argparse.Namespace, config: Config, warnings: list[str]) -> None:
+def run(options: argparse.Namespace, warnings: list[str]) -> int:
     engine = ENGINES[options.engine]
-    wanted = _wanted(options, config, engine)
+    wanted = _wanted(options, load(options, warnings), engine)
     files = engine.unset(wanted) if options.remove else engine.set(wanted)
     warnings += wanted.warnings
     changed = [file for file in files if file.is_changed]
@@ -55,7 +64,7 @@ def run(options: argparse.Namespace, config: Config, warnings: list[str]) -> Non
     if not changed:
         print(f"`{files[0].name}`: nothing to change")
     if options.dry_run:
-        return
+        return 0
     changes.save(files)
     if wanted.swarm_resource and changed:
         print(
@@ -65,6 +74,7 @@ def run(options: argparse.Namespace, config: Config, warnings: list[str]) -> Non
         _restart(engine)
     elif changed and engine.unit:
         print(f"{engine.title} reads it when it starts: systemctl restart {engine.unit}")
+    return 0
 
 
 def _wanted(options: argparse.Namespace, config: Config, engine: Engine) -> Wanted:
@@ -78,7 +88,7 @@ def _wanted(options: argparse.Namespace, config: Config, engine: Engine) -> Want
         )
     return Wanted(
         config=config,
-        nvhook_config=options.nvhook_config,
+        nvhook_config=options.config_path,
         runtime_name=name,
         runtime_path=_runtime_path(options.runtime_path, must_exist=not options.remove),
         config_file=options.config_file,
@@ -115,7 +125,7 @@ def _show(lines: list[str]) -> None:
 
 
 def _restart(engine: Engine) -> None:
-    import subprocess  # noqa: TID251 - the people's command, no container waits for it
+    import subprocess
 
     if not engine.unit:
         print(f"{engine.title} has no daemon: there is nothing to restart.")

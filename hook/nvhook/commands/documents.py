@@ -13,12 +13,12 @@ import json
 import re
 import sys
 
-from .errors import ConfigError
+from nvhook.errors import ConfigError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from typing import Any  # noqa: TID251 - never at run time
+    from typing import Any
 
     # The keys that lead to a value, outermost first.
     Path = tuple[str, ...]

@@ -19,17 +19,19 @@ import os
 import re
 import shutil
 
-from . import gpus
+from nvhook import gpus
+from nvhook.errors import ConfigError, DeviceError
+
 from .changes import File
 from .documents import Json, Toml, dotted, lookup, same
-from .errors import ConfigError, DeviceError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from nvhook.config import Config
+
     from .changes import Settings
-    from .config import Config
     from .documents import Path, Table
 
 SWARM_KIND = "NVIDIA-GPU"
@@ -338,7 +340,7 @@ def _containerd_major() -> int:
 
 
 def _output(*command: str) -> str:
-    import subprocess  # noqa: TID251 - the people's command, no container waits for it
+    import subprocess
 
     try:
         done = subprocess.run(  # noqa: S603 - the engine's own program

@@ -15,13 +15,17 @@ import re
 import stat
 import sys
 
-from . import config
+from nvhook import config
+from nvhook.errors import one_line, reason
+
 from .documents import fault
-from .errors import one_line, reason
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from typing import Any  # noqa: TID251 - never at run time
+    import argparse
+    from typing import Any
+
+    from . import Subparsers
 
 SCHEMA = os.path.join(os.path.dirname(os.path.abspath(__file__)), "config.schema.json")
 
@@ -35,7 +39,25 @@ class _FileError(Exception):
         self.place = place
 
 
-def run(path: str, *, must_exist: bool) -> int:
+def add(commands: Subparsers) -> None:
+    parser = commands.add_parser("config", help="look at config.toml", description="Look at config.toml.")
+    actions = parser.add_subparsers(title="actions", metavar="ACTION", required=True)
+    checking = actions.add_parser(
+        "check",
+        help="what is wrong in config.toml, line by line",
+        description="Print what is wrong in config.toml, line by line, or ok. Exit 1 if no container would start.",
+    )
+    checking.add_argument("file", metavar="FILE", nargs="?", default="", help="another file than the one in use")
+    checking.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace, warnings: list[str]) -> int:  # noqa: ARG001 - they are what it prints
+    """What does not load is what this is for: the file is not loaded before."""
+    must_exist = bool(options.file) or options.config_must_exist
+    return check(options.file or options.config_path, must_exist=must_exist)
+
+
+def check(path: str, *, must_exist: bool) -> int:
     """Prints a line for each finding, or `ok`; 1 if a container would not start with this file, else 0."""
     if not must_exist and not os.path.lexists(path):
         print(one_line(f"{path}: no such file; NVIDIA's defaults are in force"))

@@ -15,13 +15,14 @@ import json
 import os
 import stat
 
+from nvhook.errors import ConfigError, reason
+
 from .documents import Document, lookup, same
-from .errors import ConfigError, reason
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterable
-    from typing import Any  # noqa: TID251 - never at run time
+    from typing import Any
 
     from .documents import Path, Table
 

@@ -1,0 +1,25 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The commands of `nvhook`, for people and their scripts: one module for each, and what they are made of.
+
+A command's module has `add`, which makes its parser, and `run`, which returns the exit status. What is dear to import
+(jsonschema, rich, tomlkit, pyelftools) is imported by the function that needs it: all modules are loaded for `--help`.
+"""
+
+from __future__ import annotations
+
+from nvhook import config as configuration
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    import argparse
+
+    from nvhook.config import Config
+
+    Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]
+
+
+def load(options: argparse.Namespace, warnings: list[str]) -> Config:
+    """The config.toml in use, which NVHOOK_CONFIG may have named; ConfigError."""
+    config = configuration.load(options.config_path, must_exist=options.config_must_exist)
+    warnings += config.warnings
+    return config
