@@ -19,6 +19,7 @@ import json
 import os
 import platform
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -65,7 +66,29 @@ class Bench:
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
         self.image = make_image("debian", place / "image")
 
+    def end_reserve(self) -> int:
+        """End the process that serves the next container; its peak memory in KiB, or 0 if there was none."""
+        reserve = Path("/run/nvhook/reserve" + str(self.prefix).replace("/", "-"))
+        try:
+            pid = (reserve / "pid").read_text().strip()
+            status = Path(f"/proc/{pid}/status").read_text()
+        except OSError:
+            return 0
+        os.kill(int(pid), signal.SIGKILL)
+        shutil.rmtree(reserve)
+        return int(status.partition("VmHWM:")[2].split()[0])
+
+    def alone(self) -> Side:
+        """Ours with a wrapper that leaves no such process; its configuration is to be set."""
+        wrapper = Path(f"{self.wrapper}-alone")
+        text = Path(self.wrapper).read_text()
+        line = next(line for line in text.splitlines() if line.startswith("nv_reserve="))
+        wrapper.write_text(text.replace(line, "nv_reserve="))
+        wrapper.chmod(0o755)
+        return Side(str(wrapper), None, GPUS, self.image)
+
     def close(self) -> None:
+        self.end_reserve()
         subprocess.run(["umount", "--lazy", self.place / "upper"], check=True)
 
     def host(self, name: str) -> Path:
@@ -246,6 +269,7 @@ def first(bench: Bench, config: Path, _peer: str) -> list[Result]:
     state = next(line for line in config.read_text().splitlines() if "state-dir" in line).split('"')[1]
     times = []
     for _ in range(max(3, bench.runs // 8)):
+        bench.end_reserve()
         shutil.rmtree(state, ignore_errors=True)
         times.append(bench.start(bench.ours(config, GPUS)))
     return [
@@ -286,10 +310,15 @@ def memory(bench: Bench, config: Path, _peer: str) -> list[Result]:
     program.chmod(0o755)
     settings = bench.place / "memory.toml"
     settings.write_text(config.read_text().replace(f'runtimes = ["{bench.low_level}"]', f'runtimes = ["{program}"]'))
-    peak = _peak_of_wrapper(bench, settings)
+    bench.start(bench.ours(config, GPUS))
+    side = bench.alone()
+    side.config = settings
+    what = "its interpreter, with a request"
     results = [
-        Result("memory-wrapper", "peak memory of the wrapper", peak, " MB", 20, "its interpreter, with a request")
+        Result("memory-reserve", "peak memory of the reserve", bench.end_reserve() / 1024, " MB", 20, "after a start"),
+        Result("memory-wrapper", "peak memory of the wrapper", _peak_of_wrapper(bench, side), " MB", 20, what),
     ]
+    side.config = config
     log = bench.place / "memory.log"
     hook = bench.prefix / "bin/nvidia-container-runtime-hook"
     kept = hook.with_suffix(".kept")
@@ -297,19 +326,18 @@ def memory(bench: Bench, config: Path, _peer: str) -> list[Result]:
     hook.write_text(f'#!/bin/sh\nexec /usr/bin/time -a -o {log} -f %M {kept} "$@"\n')
     hook.chmod(0o755)
     try:
-        bench.start(bench.ours(config, GPUS))
+        bench.start(side)
     finally:
         kept.rename(hook)
     peak = max(int(line) for line in log.read_text().split()) / 1024
     return [*results, Result("memory-hook", "peak memory of the hook", peak, " MB", 20, "prestart and poststop")]
 
 
-def _peak_of_wrapper(bench: Bench, settings: Path) -> float:
-    with bench.bundle(bench.ours(settings, GPUS)) as bundle:
+def _peak_of_wrapper(bench: Bench, side: Side) -> float:
+    with bench.bundle(side) as bundle:
         log = bench.place / "wrapper.log"
         words = ("create", "--bundle", str(bundle.directory), bundle.id)
-        before = ("/usr/bin/time", "-o", str(log), "-f", "%M")
-        bench.call(bench.ours(settings, GPUS), bundle, *words, before=before)
+        bench.call(side, bundle, *words, before=("/usr/bin/time", "-o", str(log), "-f", "%M"))
         return int(log.read_text().split()[-1]) / 1024
 
 
@@ -340,7 +368,7 @@ def main() -> int:
         place.chmod(0o755)
         bench = Bench(place, options.runs)
         try:
-            config = _real(bench) if options.real else bench.host("h200-ubuntu24")
+            config = real_config(bench) if options.real else bench.host("h200-ubuntu24")
             print(f"{platform.release()}, {os.cpu_count()} CPUs, medians of {options.runs}, sides in turn", flush=True)
             for row in options.rows.split(","):
                 if options.real and row == "eight":
@@ -356,7 +384,7 @@ def main() -> int:
     return 0
 
 
-def _real(bench: Bench) -> Path:
+def real_config(bench: Bench) -> Path:
     config = bench.place / "real.toml"
     config.write_text(
         f'[nvidia-container-runtime]\nruntimes = ["{bench.low_level}"]\n'

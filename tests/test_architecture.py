@@ -181,7 +181,7 @@ def _loaded(script: str, *arguments: str) -> set[str]:
 _WRAPPER_ROAD = """
 from nvruntime import create
 os.execv = lambda *_: (names(), sys.exit(0))
-create.main("/hook", sys.argv[2], "runc", "/bin/true", ["create", "--bundle", sys.argv[3], "name"])
+create.main("/hook", sys.argv[2], "", "runc", "/bin/true", ["create", "--bundle", sys.argv[3], "name"])
 """
 
 

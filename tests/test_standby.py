@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import shutil
@@ -65,7 +64,7 @@ def _state(config: Path) -> Path:
         pytest.param("sleep 0.3", [], id="long-ready"),
         pytest.param(f"{FIND} sleep 0.2; kill -9 $pid; sleep 0.1", ["ID"], id="killed"),
         pytest.param("rm -r $place", [], id="its-directory-removed"),
-        pytest.param("rm $place/wake", [], id="its-pipe-removed"),
+        pytest.param("rm $place/ask", [], id="its-pipe-removed"),
     ],
 )
 def test_container_gets_its_gpus_whatever_happens(shop: Workshop, what: str, left: list[str]) -> None:
@@ -87,7 +86,7 @@ def test_only_the_hook_of_sh_is_run(shop: Workshop) -> None:
     lines = [line for line in log.read_text().splitlines() if 'execve("' in line and " = -1 " not in line]
     started = [line.partition('execve("')[2].partition('"')[0] for line in lines]
     hook = started.index(str(HOOK))
-    assert started[hook : hook + 2] == [str(HOOK), "/usr/bin/flock"]
+    assert started[hook : hook + 2] == [str(HOOK), "/bin/sh"]  # the container
     assert started.count("/usr/bin/python3") == 1  # the wrapper
     assert started.count(str(containers.HOOK)) == 1  # when the container is over
 
@@ -150,24 +149,22 @@ def test_runtime_that_makes_no_container(shop: Workshop) -> None:
 
 
 class Played:
-    """Its directory; `lock` is held until `answer` is called, or `die`."""
+    """Its directory, and what it is asked. What it holds is closed by `answer`, or by `die`."""
 
     def __init__(self, place: Path) -> None:
         self.place = place
         place.mkdir()
-        for name in ("wake", "answer"):
+        for name in ("ask", "answer"):
             os.mkfifo(place / name)
-        self.wake = os.open(place / "wake", os.O_RDWR)
+        self.asked = os.open(place / "ask", os.O_RDWR)
         self.answers = os.open(place / "answer", os.O_RDWR)
-        self.lock = os.open(place / "lock", os.O_RDWR | os.O_CREAT, 0o600)
-        fcntl.flock(self.lock, fcntl.LOCK_EX)
 
     def answer(self, text: str) -> None:
         os.write(self.answers, text.encode())
         self.die()
 
     def die(self) -> None:
-        os.close(self.lock)
+        os.close(self.answers)
 
 
 @pytest.fixture
@@ -182,7 +179,9 @@ def _hook(tmp_path: Path, place: Path, state: str) -> subprocess.Popen[str]:
     plain = tmp_path / "plain"
     plain.write_text('#!/bin/sh\necho "plain: $*"; cat\n')
     launcher = tmp_path / "launcher"
-    launcher.write_text(text.replace(line, f"nv_hook={plain}"))
+    ask = next(line for line in text.splitlines() if line.startswith("nv_ask="))
+    text = text.replace(line, f"nv_hook={plain}").replace(ask, f"nv_ask={WRAPPER.parent}/ask.sh")
+    launcher.write_text(text)
     for path in (plain, launcher):
         path.chmod(0o755)
     (tmp_path / "state").write_text(state)
@@ -205,7 +204,7 @@ STATE = json.dumps({"pid": 1, "bundle": "/b", "annotations": {"a": "\\ %s $(id) 
 )
 def test_hook_says_what_is_answered(tmp_path: Path, played: Played, answer: str, status: int, said: str) -> None:
     hook = _hook(tmp_path, played.place, STATE)
-    assert os.read(played.wake, 1 << 16).decode() == f"{STATE}\n"
+    assert os.read(played.asked, 1 << 16).decode() == f"{STATE}\n"
     played.answer(answer)
     assert hook.communicate(timeout=10) == ("", said)
     assert hook.returncode == status
@@ -226,13 +225,13 @@ def test_hook_works_alone_when_it_is_dead(tmp_path: Path, played: Played, when: 
         played.die()
     hook = _hook(tmp_path, played.place, STATE)
     if when == "after":
-        os.read(played.wake, 1 << 16)
+        os.read(played.asked, 1 << 16)
         played.die()
     assert hook.communicate(timeout=10) == (f"plain: --config /c prestart\n{STATE}", "")
     assert hook.returncode == 0
 
 
-@pytest.mark.parametrize("missing", ["wake", "lock", "place"])
+@pytest.mark.parametrize("missing", ["ask", "answer", "place"])
 def test_hook_works_alone_when_it_is_not_there(tmp_path: Path, played: Played, missing: str) -> None:
     if missing == "place":
         shutil.rmtree(played.place)
@@ -251,6 +250,6 @@ def test_hook_works_alone_with_a_long_state(tmp_path: Path, played: Played) -> N
 
 def test_hook_takes_a_state_of_many_lines(tmp_path: Path, played: Played) -> None:
     hook = _hook(tmp_path, played.place, json.dumps({"pid": 1, "bundle": "/b"}, indent=2) + "\n")
-    assert json.loads(os.read(played.wake, 1 << 16)) == {"pid": 1, "bundle": "/b"}
+    assert json.loads(os.read(played.asked, 1 << 16)) == {"pid": 1, "bundle": "/b"}
     played.answer("0\n")
     assert hook.communicate(timeout=10) == ("", "")

@@ -90,17 +90,29 @@ def _prestart(options: dict[str, str], default_config: str, warnings: list[str])
 
 
 def _poststop(options: dict[str, str], default_config: str, warnings: list[str]) -> None:
-    """A fault here is told and changes nothing: the container is over, and NVIDIA's hook does nothing at all."""
+    from . import spec
+
+    directory = options.get("state-dir", "")
+    try:
+        if not directory:
+            from . import config  # only where no wrapper has said it
+
+            directory = config.load(options.get("config", default_config), must_exist="config" in options).state_dir
+        poststop(directory, spec.read_stdin(sys.stdin.fileno()), warnings)
+    except NvhookError as error:
+        warnings.append(str(error))
+
+
+def poststop(state_dir: str, state: bytes, warnings: list[str]) -> None:
+    """Clean up after the container of `state`, JSON; this process loses all but a few of its capabilities.
+
+    A fault here is told and changes nothing: the container is over, and NVIDIA's hook does nothing at all.
+    """
     from . import leftovers, spec
     from .linux import kernel
 
     kernel.keep_capabilities(kernel.CAP_CHOWN, kernel.CAP_DAC_OVERRIDE, kernel.CAP_FOWNER)
     try:
-        directory = options.get("state-dir", "")
-        if not directory:
-            from . import config  # only where no wrapper has said it
-
-            directory = config.load(options.get("config", default_config), must_exist="config" in options).state_dir
-        leftovers.clean(directory, spec.read_state(sys.stdin.fileno(), is_alive=False))
+        leftovers.clean(state_dir, spec.parse_state(state, is_alive=False))
     except NvhookError as error:
         warnings.append(str(error))

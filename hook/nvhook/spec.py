@@ -85,21 +85,26 @@ def _is_wild_or(value: object, number: int) -> bool:
     return value in (None, -1, number)
 
 
-def read_state(fd: int, *, is_alive: bool = True) -> State:
-    """The state that the low-level runtime writes to a hook's stdin, read to its end; SpecError if it is none.
+def read_state(fd: int) -> State:
+    """The state that the low-level runtime writes to a hook's stdin; SpecError if it is none."""
+    return parse_state(read_stdin(fd))
 
-    A container that has been stopped (`is_alive` False) has no process; its `pid` is 0 then, or missing.
-    """
+
+def read_stdin(fd: int) -> bytes:
+    """All of it; SpecError if that is more than a state has."""
     content = b""
     while chunk := os.read(fd, 65536):
         content += chunk
         if len(content) > _MAX_STATE:
             raise SpecError(f"read the container's state: more than {_MAX_STATE} bytes on stdin")
-    return parse_state(content, is_alive=is_alive)
+    return content
 
 
 def parse_state(content: bytes, *, is_alive: bool = True) -> State:
-    """As read_state, for what was read from its stdin."""
+    """The State in the JSON `content`; SpecError if there is none.
+
+    A container that has been stopped (`is_alive` False) has no process; its `pid` is 0 then, or missing.
+    """
     try:
         state = quickjson.loads(content)
     except (ValueError, RecursionError) as error:

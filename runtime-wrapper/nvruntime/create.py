@@ -18,8 +18,12 @@ from . import bundle
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from nvhook.audit import Audit
     from nvhook.config import Config
+
+    from . import standby
 
 _PROGRAM = "nvidia-container-runtime"
 
@@ -32,66 +36,112 @@ _STANDBY_HOOK = os.path.join(
 HOOK_ENV = ["PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"]
 
 
-def main(hook: str, config_path: str, candidates: str, runtime: str, arguments: list[str]) -> int:
-    """Does not return when all is well: the process is then the low-level `runtime` with `arguments`.
+class Call:
+    """One call of the wrapper.
 
     hook          absolute path of nvidia-container-runtime-hook
-    config_path   config.toml; that of NVHOOK_CONFIG, if set, must exist
+    config_path   config.toml, which need not be there unless it `must_exist`
+    reserve       directory of the process that serves the next container (reserve.py); empty for none
     candidates    what was looked for as the low-level runtime, separated by colons; `runtime` is empty if none is there
+    arguments     runc's command line
+    """
+
+    __slots__ = ("arguments", "candidates", "config_path", "hook", "must_exist", "reserve", "runtime")
+
+    def __init__(
+        self,
+        hook: str,
+        config_path: str,
+        must_exist: bool,
+        reserve: str,
+        candidates: str,
+        runtime: str,
+        arguments: list[str],
+    ) -> None:
+        self.hook = hook
+        self.config_path = config_path
+        self.must_exist = must_exist
+        self.reserve = reserve
+        self.candidates = candidates
+        self.runtime = runtime
+        self.arguments = arguments
+
+
+def main(hook: str, config_path: str, reserve: str, candidates: str, runtime: str, arguments: list[str]) -> int:
+    """Does not return when all is well: the process is then the low-level `runtime`. The words are those of Call."""
+    chosen = os.environ.get("NVHOOK_CONFIG")
+    call = Call(hook, chosen or config_path, bool(chosen), reserve, candidates, runtime, arguments)
+    said: list[str] = []
+    if reserve:
+        from . import reserve as reserves
+
+        reserves.leave(reserve)  # before anything of this container is in memory
+    ready(call, said, become)
+    for line in said:
+        print(line, file=sys.stderr)
+    return 1
+
+
+def ready(
+    call: Call, said: list[str], then: Callable[[Call], None], waiting: list[standby.Waiting] | None = None
+) -> bool:
+    """Edit the container's config.json and do what comes `then`; False, and an error in `said`, if that is not to be.
+
+    A process that stands by for the container is left, unless this is one that can itself: it is given what it takes
+    in `waiting`.
     """
     warnings: list[str] = []
-    log = Log(arguments)
+    log = Log(call.arguments)
     trail = None
     try:
-        config = _load(config_path)
+        config = configuration.load(call.config_path, must_exist=call.must_exist)
         log.also(config.log_file, config.log_level)
         warnings += config.warnings
-        if not runtime:
+        if not call.runtime:
             raise RuntimeLookupError(
-                f"no runtime binary found from candidate list: [{candidates}]",
+                f"no runtime binary found from candidate list: [{call.candidates}]",
                 "install runc, or set `nvidia-container-runtime.runtimes` in config.toml",
             )
         # The container's id is the last word of runc's command line.
-        trail = audit.Audit(config, _PROGRAM, arguments[-1], log.write)
-        edit(arguments, hook, config, warnings, trail)
+        trail = audit.Audit(config, _PROGRAM, call.arguments[-1], log.write)
+        edit(call, config, warnings, trail, waiting)
         log.warn(warnings)
         trail.grant()
-        become(runtime, arguments)
+        then(call)
+        return True
     except NvhookError as error:
         log.warn(warnings)
         if trail:
             trail.refuse(str(error))
         log.write("error", str(error))  # the last one: engines show it
-        print(f"nvidia-container-runtime: {error}", file=sys.stderr)
-    return 1
+        said.append(f"{_PROGRAM}: {error}")
+    return False
 
 
-def become(runtime: str, arguments: list[str]) -> None:
+def become(call: Call) -> None:
     """Replace this process, its environment unchanged; RuntimeLookupError where that does not work."""
     try:
-        os.execv(runtime, [runtime, *arguments])
+        os.execv(call.runtime, [call.runtime, *call.arguments])
     except OSError as error:
-        raise RuntimeLookupError(f"execute `{runtime}`: {reason(error)}") from None
+        raise RuntimeLookupError(f"execute `{call.runtime}`: {reason(error)}") from None
 
 
 def candidates(config_path: str) -> int:
     """Print `nvidia-container-runtime.runtimes`, separated by colons, for the launcher."""
     try:
-        print(":".join(_load(config_path).runtimes))
+        chosen = os.environ.get("NVHOOK_CONFIG")
+        print(":".join(configuration.load(chosen or config_path, must_exist=bool(chosen)).runtimes))
     except NvhookError as error:
         print(f"nvidia-container-runtime: {error}", file=sys.stderr)
         return 1
     return 0
 
 
-def _load(config_path: str) -> Config:
-    chosen = os.environ.get("NVHOOK_CONFIG")
-    return configuration.load(chosen or config_path, must_exist=bool(chosen))
-
-
-def edit(arguments: list[str], hook: str, config: Config, warnings: list[str], trail: Audit) -> None:
-    """Change the config.json of the bundle that `arguments` name, if its container asks for GPUs."""
-    place = bundle.directory(arguments)
+def edit(
+    call: Call, config: Config, warnings: list[str], trail: Audit, waiting: list[standby.Waiting] | None = None
+) -> None:
+    """Change the config.json of the bundle that `call` names, if its container asks for GPUs."""
+    place = bundle.directory(call.arguments)
     document, status = spec.read_config(place)
     described = spec.parse(document, place)
     asked = trail.read(described, warnings)
@@ -103,8 +153,9 @@ def edit(arguments: list[str], hook: str, config: Config, warnings: list[str], t
 
     gpus = host.read(config, asked, warnings)
     chosen = trail.chosen = selection.choose(config, asked, gpus, warnings)
-    task = standby.Task(config, described, asked, gpus, chosen, bundle=place, id=arguments[-1])
-    standby_place = standby.leave(task)  # it works while we do the rest
+    task = standby.Task(config, described, asked, gpus, chosen, bundle=place, id=call.arguments[-1])
+    # A process of its own works while we do the rest.
+    standby_place = standby.leave(task) if waiting is None else standby.wait_for(task, waiting)
     extras = [caps.find(config, asked, chosen, gpus), features.find(config, asked, warnings)]
     nodes = plan.devices(asked, chosen.gpus, gpus, dri.find(config, asked, chosen.gpus), extras)
     kmods.make_nodes(config, nodes, warnings)
@@ -116,8 +167,12 @@ def edit(arguments: list[str], hook: str, config: Config, warnings: list[str], t
     if standby_place:
         bundle.add_hook(document, "prestart", _STANDBY_HOOK, ["--standby", standby_place, *which], HOOK_ENV)
     else:
-        bundle.add_hook(document, "prestart", hook, which, HOOK_ENV)
-    bundle.add_hook(document, "poststop", hook, ["--state-dir", config.state_dir], HOOK_ENV)
+        bundle.add_hook(document, "prestart", call.hook, which, HOOK_ENV)
+    if call.reserve:
+        clean = ["--reserve", call.reserve, "--state-dir", config.state_dir]
+        bundle.add_hook(document, "poststop", _STANDBY_HOOK, clean, HOOK_ENV)
+    else:
+        bundle.add_hook(document, "poststop", call.hook, ["--state-dir", config.state_dir], HOOK_ENV)
     bundle.write(place, document, status)
 
 

@@ -7,11 +7,11 @@ interpreter, and reading everything again.
 
 What connects the two is a directory below the state directory, for root alone:
 
-    wake     FIFO: the hook writes the container's state, one line
+    ask      FIFO: the hook writes the container's state, one line
     answer   FIFO: the exit status, then what is to be said, a line each
     lock     held by this process until it has answered, or is gone
 
-It fails safely: the kernel ends the lock with the process, and a hook that gets no answer does the work by itself.
+It fails safely: the kernel closes `answer` with the process, and a hook that gets no answer does the work by itself.
 """
 
 from __future__ import annotations
@@ -28,14 +28,16 @@ from nvhook.linux import userns
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from nvhook.config import Config
     from nvhook.gpus import Gpus, Selection
     from nvhook.prestart import Preparation
     from nvhook.request import Request
 
 _DIRECTORY = "standby"
-_NAMES = ("wake", "answer", "lock")
-_FLOCK = "/usr/bin/flock"  # what the hook waits with
+_NAMES = ("ask", "answer", "lock")
+NEW_FILE = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 _SECONDS = 60  # for everything: then SIGALRM ends it, and the hook begins anew
 _MAX_STATE = 1 << 20
 _MAX_ANSWER = 32 << 10  # bytes; a pipe takes 64 KiB without a reader
@@ -66,77 +68,111 @@ class Task:
         self.id = id
 
 
+class Waiting:
+    """A container's directory, made, and its descriptors: what the process that stands by has."""
+
+    __slots__ = ("ends", "place", "task")
+
+    def __init__(self, task: Task, place: str, ends: list[int]) -> None:
+        self.task = task
+        self.place = place
+        self.ends = ends  # of ask, answer and lock
+
+    def close(self) -> None:
+        for fd in self.ends:
+            os.close(fd)
+
+    def stand_by(self, runtime: int) -> None:
+        """Prepare, wait, serve, answer. Unasked it ends with the process `runtime`, the low-level one."""
+        os.setsid()
+        signal.alarm(_SECONDS)
+        only(self.ends)
+        _stand_by(self.task, self.place, self.ends, runtime)
+
+
 def leave(task: Task) -> str:
-    """Start it; its directory for the hook, or empty where there can be none and the hook works alone.
+    """Start it; its directory for the hook, or empty where there can be none and the hook works alone."""
+    made: list[Waiting] = []
+    place = wait_for(task, made)
+    if made:
+        runtime = os.getpid()  # what this process becomes
+        fork_twice(lambda: made[0].stand_by(runtime))
+        made[0].close()
+    return place
+
+
+def wait_for(task: Task, made: list[Waiting]) -> str:
+    """As `leave`, for a process that is to stand by itself: with what is appended to `made`.
 
     Not in a user namespace: root there may not write where the state is.
     """
-    if os.geteuid() != 0 or not userns.is_first() or not os.access(_FLOCK, os.X_OK):
-        return ""
-    if not leftovers.is_name(task.id):
+    if os.geteuid() != 0 or not userns.is_first() or not leftovers.is_name(task.id):
         return ""
     parent = os.path.join(task.config.state_dir, _DIRECTORY)
     place = os.path.join(parent, task.id)
     try:
         if os.path.lexists(place) and _is_over(place):
             _remove(place)  # of a process that was killed
-        ends = _make(parent, place)
+        made.append(Waiting(task, place, _make(parent, place)))
     except OSError:
         return ""
-    runtime = os.getpid()  # what this process becomes
+    return place
+
+
+def fork_twice(work: Callable[[], None]) -> None:
+    """Let a process do it that is no child of this one: the low-level runtime shall have none that it does not know."""
     first = os.fork()
     if first:
-        for fd in ends:
-            os.close(fd)
         os.waitpid(first, 0)
-        return place
+        return
     try:
-        if not os.fork():  # the low-level runtime shall have no child that it does not know
-            _stand_by(task, place, ends, runtime)
+        if not os.fork():
+            work()
     finally:
         os._exit(0)
 
 
 def _make(parent: str, place: str) -> list[int]:
-    """Descriptors of wake, answer and lock."""
+    """Descriptors of ask, answer and lock."""
     os.makedirs(parent, mode=0o755, exist_ok=True)
     os.mkdir(place, 0o700)
     for name in _NAMES[:2]:
         os.mkfifo(f"{place}/{name}", 0o600)
     ends = [os.open(f"{place}/{name}", os.O_RDWR | os.O_CLOEXEC) for name in _NAMES[:2]]
-    ends.append(os.open(f"{place}/{_NAMES[2]}", os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
+    ends.append(os.open(f"{place}/{_NAMES[2]}", NEW_FILE, 0o600))
     fcntl.flock(ends[2], fcntl.LOCK_EX)
     return ends
 
 
 def _stand_by(task: Task, place: str, ends: list[int], runtime: int) -> None:
-    """Prepare, wait, serve, answer. Unasked it ends with the runtime."""
-    os.setsid()
-    signal.alarm(_SECONDS)
-    _only(ends)
-    wake, answer, _lock = ends
+    ask, answer, _lock = ends
     over = os.pidfd_open(runtime)
     said: list[str] = []
     ahead, fault = _prepare(task, said)
     sweep(os.path.dirname(place), but=os.path.basename(place))
-    woken = wake in select.select([wake, over], [], [])[0]
+    asked = ask in select.select([ask, over], [], [])[0]
     # The hook has opened what it needs. From here on there is no name of ours, whatever becomes of us.
     _remove(place)
-    if not woken:
+    if not asked:
         return
     status = 0
     try:
-        _serve(task, wake, ahead, fault, said)
+        _serve(task, ask, ahead, fault, said)
     except SpecError:
         return  # another container than was thought: the hook reads all of it itself
     except NvhookError as error:
         status = 1
         said.append(str(error))
-    text = "".join(f"nvidia-container-runtime-hook: {one_line(line)}\n" for line in said)
+    say(answer, status, [f"nvidia-container-runtime-hook: {line}" for line in said])
+
+
+def say(answer: int, status: int, said: list[str]) -> None:
+    """Write the answer: never more than a pipe takes, for nobody may be there to read it."""
+    text = "".join(f"{one_line(line)}\n" for line in said)
     os.write(answer, f"{status}\n{text}".encode(errors="backslashreplace")[:_MAX_ANSWER])
 
 
-def _only(kept: list[int]) -> None:
+def only(kept: list[int]) -> None:
     """Nothing of the wrapper's stays open: its engine waits for the end of its streams."""
     null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
     for fd in (0, 1, 2):
@@ -171,12 +207,12 @@ def _prepare(task: Task, said: list[str]) -> tuple[Preparation | None, NvhookErr
         said += [f"warning: {warning}" for warning in warnings]
 
 
-def _serve(task: Task, wake: int, ahead: Preparation | None, fault: NvhookError | None, said: list[str]) -> None:
+def _serve(task: Task, ask: int, ahead: Preparation | None, fault: NvhookError | None, said: list[str]) -> None:
     from nvhook import prestart
 
     content = b""
     while b"\n" not in content and len(content) < _MAX_STATE:
-        content += os.read(wake, _MAX_STATE)
+        content += os.read(ask, _MAX_STATE)
     state = spec.parse_state(content)
     if os.path.realpath(state.bundle) != os.path.realpath(task.bundle):
         raise SpecError(f"`{state.bundle}` is not `{task.bundle}`")
