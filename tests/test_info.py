@@ -421,7 +421,8 @@ def test_watch_refuses_a_period(value: str, capsys: pytest.CaptureFixture[str]) 
     with pytest.raises(SystemExit) as raised:
         cli.main(["info", f"--watch={value}"], "/nonexistent")
     assert raised.value.code == 2
-    assert "argument --watch: " in capsys.readouterr().err
+    why = "`soon` is no number of seconds" if value == "soon" else f"{value} is not between 0.1 and 86400 seconds"
+    assert f"argument --watch: {why}\n" in capsys.readouterr().err
 
 
 def test_watch_period() -> None:

@@ -69,6 +69,13 @@ def test_find_takes_no_more_files_of_a_process_than_it_may(tmp_path: Path, monke
     assert len(found.minors) == 2
 
 
+def test_find_takes_no_longer_than_it_may(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(processes, "_SECONDS", -1)
+    _process(tmp_path, 3, "/dev/nvidia0")
+    _process(tmp_path, 4)
+    assert processes.find(str(tmp_path)) == ([], 2)
+
+
 @pytest.mark.root
 def test_find_real_process(tmp_path: Path) -> None:
     """Its file is named as a node; what kind of file it is nobody asks."""

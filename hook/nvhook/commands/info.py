@@ -53,7 +53,10 @@ def add(commands: Subparsers) -> None:
 
 
 def _period(text: str) -> float:
-    seconds = float(text)  # argparse makes a sentence of its ValueError
+    try:
+        seconds = float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"`{text}` is no number of seconds") from None
     if not _SHORTEST <= seconds <= _LONGEST:
         raise argparse.ArgumentTypeError(f"{text} is not between {_SHORTEST:g} and {_LONGEST:g} seconds")
     return seconds

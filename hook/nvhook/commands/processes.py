@@ -14,12 +14,14 @@ from __future__ import annotations
 
 import os
 import re
+import time
 from dataclasses import dataclass
 from itertools import islice, pairwise
 
 _NODE = re.compile(r".*/nvidia([0-9]{1,7})(?: \(deleted\))?")
 _DXG = re.compile(r".*/dev/dxg")
 _MOST_FILES = 1 << 14  # of one process
+_SECONDS = 5  # for all of them: who has many processes with many files should not hold us up
 _MAX_SIZE = 1 << 16
 
 _ID = "([0-9a-f]{64})"
@@ -61,8 +63,12 @@ class Process:
 def find(proc: str) -> tuple[list[Process], int]:
     """(those that have a node open, how many could not be looked at), of the /proc at `proc`."""
     found, hidden = [], 0
+    end = time.monotonic() + _SECONDS
     for pid in sorted(int(name) for name in os.listdir(proc) if name.isdecimal() and name.isascii()):
         directory = f"{proc}/{pid}"
+        if time.monotonic() > end:
+            hidden += 1
+            continue
         try:
             minors = _minors(f"{directory}/fd")
         except PermissionError:
