@@ -392,6 +392,8 @@ def test_watch_without_a_terminal(host: Path) -> None:
 
 @pytest.mark.root
 def test_watch_json_is_one_object_a_line(host: Path) -> None:
+    """The same each time, what is missing included."""
+    _without_a_library("libcuda")(host)
     reading, writing = os.pipe()
     child = _start(host, "--watch", "0.1", "--json", out=writing)
     os.close(writing)
@@ -401,6 +403,7 @@ def test_watch_json_is_one_object_a_line(host: Path) -> None:
     first, second = (json.loads(line) for line in text.splitlines()[:2])
     assert first == second
     assert first["gpus"][0]["load"] == 97
+    assert "no libcuda.so.1" in first["missing"][0]
 
 
 @pytest.mark.root

@@ -108,6 +108,7 @@ def make(config: Config, warnings: list[str], files: Driver | None = None) -> Ov
     if made.kind == "linux":
         made.module = _module(config.proc_root)
     made.files = files if files and files.version == found.driver_version else _files(config, found, made, warnings)
+    made.missing += lacking_libraries(made.files) if made.files else []
     now = _ask(config, made)
     _fill(made, found, now)
     _look_for_processes(config, made, warnings)
@@ -175,12 +176,10 @@ def lacking(config: Config, found: Gpus) -> list[str]:
 
 def _files(config: Config, found: Gpus, made: Overview, warnings: list[str]) -> Driver | None:
     try:
-        driver = inventory.load(config, found.driver_version, warnings, keep=False)
+        return inventory.load(config, found.driver_version, warnings, keep=False)
     except DriverError as error:
         made.missing.append(sentence(error))
         return None
-    made.missing += lacking_libraries(driver)
-    return driver
 
 
 def lacking_libraries(driver: Driver) -> list[str]:
