@@ -39,7 +39,7 @@ def _library(host: Path) -> str:
     """As the inventory has it: the 64-bit one, without links."""
     config = _config(host)
     driver = inventory.load(config, gpus.read(config.proc_root).driver_version, [], keep=False)
-    return inventory._nvml_library(driver)
+    return inventory.nvml_library(driver)
 
 
 # Answers

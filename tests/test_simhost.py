@@ -427,6 +427,52 @@ def test_nvml_pynvml_reads_it(built: dict[str, Path]) -> None:
     assert [*expected, "550.163.01 12040"] == done.stdout.splitlines(), done.stderr
 
 
+NOW_SCRIPT = """
+import pynvml as n
+n.nvmlInit()
+for i in range(n.nvmlDeviceGetCount()):
+    h = n.nvmlDeviceGetHandleByIndex(i)
+    memory = n.nvmlDeviceGetMemoryInfo(h, n.nvmlMemory_v2)
+    load = n.nvmlDeviceGetUtilizationRates(h).gpu
+    print(memory.used >> 20, memory.total >> 20, load, n.nvmlDeviceGetTemperature(h, n.NVML_TEMPERATURE_GPU))
+"""
+
+
+@pytest.mark.root
+@pytest.mark.parametrize(
+    ("name", "libraries", "expected"),
+    [
+        pytest.param(
+            "a100x2-debian12",
+            "usr/lib/x86_64-linux-gnu",
+            ["31207 40960 97 64", "4 40960 0 31"],
+            id="as-described",
+        ),
+        pytest.param("h200-ubuntu24", "usr/local/nvidia/lib64", ["512 16384 7 35"], id="not-described"),
+    ],
+)
+def test_nvml_tells_of_the_moment(built: dict[str, Path], name: str, libraries: str, expected: list[str]) -> None:
+    pytest.importorskip("pynvml")
+    host = built[name]
+    environment = {"NVHOOK_SIM_DEV": str(host / "dev"), "LD_LIBRARY_PATH": f"{host}/driver/{libraries}"}
+    done = _run(sys.executable, "-c", NOW_SCRIPT, **environment)
+    assert expected == done.stdout.splitlines(), done.stderr
+
+
+@pytest.mark.root
+def test_build_processes_are_as_described(built: dict[str, Path]) -> None:
+    host = built["a100x2-debian12"]
+    assert sorted(path.name for path in (host / "proc").iterdir() if path.name.isdecimal()) == ["20417", "20533", "871"]
+    process = host / "proc/871"
+    assert (process / "comm").read_text() == "nvidia-persiste\n"
+    assert (process / "cgroup").read_text() == "0::/system.slice/nvidia-persistenced.service\n"
+    assert [os.readlink(process / f"fd/{number}") for number in range(3)] == [
+        "/dev/nvidiactl",
+        "/dev/nvidia0",
+        "/dev/nvidia1",
+    ]
+
+
 @pytest.mark.root
 def test_cuda_needs_uvm(built: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     host = built["h200-ubuntu24"]

@@ -109,7 +109,7 @@ def report(
     if kept is None:
         driver = driver or load(config, gpus.driver_version, warnings, keep=keep)
         try:
-            kept = nvml.ask(config, _nvml_library(driver))
+            kept = nvml.ask(config, nvml_library(driver))
         except DriverError as error:
             kept = error
         if keep:
@@ -119,7 +119,7 @@ def report(
     return kept
 
 
-def _nvml_library(driver: Driver) -> str:
+def nvml_library(driver: Driver) -> str:
     for item in driver.libraries:
         if item.soname == _NVML_LIBRARY and item.bits == 64:
             return item.path

@@ -24,9 +24,13 @@ from .linux.root import DIRECTORY
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from typing import Any  # noqa: TID251 - never at run time
+    from collections.abc import Callable
+    from typing import Any, TypeVar  # noqa: TID251 - never at run time
 
     from .config import Config
+
+    Json = dict[str, object]
+    Answer = TypeVar("Answer")
 
 _SECONDS = 10
 _MEMORY = 2 << 30
@@ -120,6 +124,12 @@ class Report:
 
 def ask(config: Config, library: str) -> Report:
     """What `library`, the host's libnvidia-ml.so.1, answers within ten seconds; DriverError where it does not."""
+    return question(config, library, lambda nvml: look(nvml).describe(), parse)
+
+
+def question(config: Config, library: str, find: Callable[[Any], Json], believe: Callable[[Any], Answer]) -> Answer:
+    """What `library` answers to another question: `find` gets pynvml in the child, and `believe` gets here what was
+    found, of which it makes a record or a ValueError. DriverError as for `ask`."""
     owner = _owner(config)
     try:
         # The library is loaded from the current directory, so that only its own file need be open to that user.
@@ -130,7 +140,7 @@ def ask(config: Config, library: str) -> Report:
         ended = confine.run(
             directory,
             ("prepare", lambda: _enter(config)),
-            ("NVML", lambda: _answer(os.path.basename(library))),
+            ("NVML", lambda: _answer(os.path.basename(library), find)),
             owner,
             confine.Bounds(
                 seconds=_SECONDS, memory=_MEMORY, file_size=0, files=_FILES, output=_OUTPUT, processes=_PROCESSES
@@ -138,7 +148,7 @@ def ask(config: Config, library: str) -> Report:
             or_nobody=True,
             calls=seccomp.LIBRARY,
         )
-        return parse(json.loads(_said(ended)))
+        return believe(json.loads(_said(ended)))
     except (ValueError, RecursionError) as error:
         raise DriverError(f"ask `{library}`: NVML: no answer to be believed: {str(error)[:_SHOWN]}", _HINT) from None
     except OSError as error:
@@ -198,7 +208,7 @@ def parse(document: Any) -> Report:
     """The record that `describe` made a document of; ValueError for anything else."""
     if not isinstance(document, dict):
         raise ValueError("the answer is no object")
-    return Report(_text(document, "cuda", _CUDA), tuple(_device(item) for item in _list(document, "devices")))
+    return Report(text(document, "cuda", _CUDA), tuple(_device(item) for item in objects(document, "devices")))
 
 
 def _device(item: Any) -> Device:
@@ -206,35 +216,35 @@ def _device(item: Any) -> Device:
     if not isinstance(mig_enabled, bool):
         raise ValueError(f"`mig_enabled` is {_shown(mig_enabled)}")
     return Device(
-        _text(item, "pci", _PCI),
-        _text(item, "uuid", _GPU_UUID),
-        _text(item, "brand", _BRAND),
-        _text(item, "arch", _ARCH),
+        text(item, "pci", _PCI),
+        text(item, "uuid", _GPU_UUID),
+        text(item, "brand", _BRAND),
+        text(item, "arch", _ARCH),
         mig_enabled=mig_enabled,
         instances=tuple(
-            Instance(_number(mig, "index"), _number(mig, "gi"), _number(mig, "ci"), _text(mig, "uuid", _MIG_UUID))
-            for mig in _list(item, "instances")
+            Instance(number(mig, "index"), number(mig, "gi"), number(mig, "ci"), text(mig, "uuid", _MIG_UUID))
+            for mig in objects(item, "instances")
         ),
     )
 
 
-def _list(item: dict[str, Any], key: str) -> list[dict[str, Any]]:
+def objects(item: dict[str, Any], key: str, most: int = _MOST) -> list[dict[str, Any]]:
     value = item.get(key)
-    if not isinstance(value, list) or len(value) > _MOST or not all(isinstance(member, dict) for member in value):
-        raise ValueError(f"`{key}` is no list of at most {_MOST} objects")
+    if not isinstance(value, list) or len(value) > most or not all(isinstance(member, dict) for member in value):
+        raise ValueError(f"`{key}` is no list of at most {most} objects")
     return value
 
 
-def _text(item: dict[str, Any], key: str, form: str) -> str:
+def text(item: dict[str, Any], key: str, form: str) -> str:
     value = item.get(key)
     if not isinstance(value, str) or not re.fullmatch(form, value):
         raise ValueError(f"`{key}` is {_shown(value)}")
     return value
 
 
-def _number(item: dict[str, Any], key: str) -> int:
+def number(item: dict[str, Any], key: str, bits: int = 16) -> int:
     value = item.get(key)
-    if type(value) is not int or not 0 <= value < 1 << 16:
+    if type(value) is not int or not 0 <= value < 1 << bits:
         raise ValueError(f"`{key}` is {_shown(value)}")
     return value
 
@@ -273,22 +283,23 @@ def _mount_proc() -> None:
         return  # in a user namespace under masks: the processes seen there are those of its owner
 
 
-def _answer(name: str) -> None:
-    """Print the report as one line, the last one, whatever the library prints before."""
+def _answer(name: str, find: Callable[[Any], Json]) -> None:
+    """Print what `find` finds as one line, the last one, whatever the library prints before."""
     import pynvml
 
     # It would look for the library by name, on a path that is not the driver's.
     pynvml.nvmlLib = pynvml.CDLL(f"./{name}")
     try:
-        report = _report(pynvml)
+        pynvml.nvmlInit()
+        found = find(pynvml)
     except pynvml.NVMLError as error:
-        text = str(error)
-        raise OSError(errno.EIO, text[:1].lower() + text[1:]) from None
-    os.write(1, f"\n{json.dumps(report.describe())}\n".encode())
+        said = str(error)
+        raise OSError(errno.EIO, said[:1].lower() + said[1:]) from None
+    os.write(1, f"\n{json.dumps(found)}\n".encode())
 
 
-def _report(nvml: Any) -> Report:
-    nvml.nvmlInit()
+def look(nvml: Any) -> Report:
+    """In the child: what `ask` is about."""
     cuda = nvml.nvmlSystemGetCudaDriverVersion()
     devices = [_ask_device(nvml, index) for index in range(min(nvml.nvmlDeviceGetCount(), _MOST))]
     return Report(f"{cuda // 1000}.{cuda % 1000 // 10}", tuple(device for device in devices if device))

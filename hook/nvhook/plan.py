@@ -53,7 +53,7 @@ _GBM_LIBRARY = "libnvidia-allocator.so.1"
 _GBM_BACKEND = "gbm/nvidia-drm_gbm.so"
 
 # Without these the capability is not there at all; the libraries of the others differ from driver to driver.
-_INDISPENSABLE = {"compute": "libcuda.so.1", "utility": "libnvidia-ml.so.1"}
+INDISPENSABLE = {"compute": "libcuda.so.1", "utility": "libnvidia-ml.so.1"}
 
 
 def make(
@@ -196,7 +196,7 @@ def _dri_nodes(request: Request, chosen: list[Gpu], dri_nodes: Sequence[DriNode]
 
 def _libraries(request: Request, driver: Driver) -> list[Library]:
     asked = set(request.capabilities)
-    for capability, soname in _INDISPENSABLE.items():
+    for capability, soname in INDISPENSABLE.items():
         if capability in asked and not any(item.soname == soname and item.bits == 64 for item in driver.libraries):
             raise DriverError(
                 f"`{capability}` is asked for and driver {driver.version} on this host has no {soname}",

@@ -170,6 +170,16 @@ def _make_proc(description: Description, root: str) -> None:
         _write(_parent_made(root, path), text.encode())
     for path, text in description.get("sys", {}).items():
         _write(_parent_made(root, path), text.encode())
+    for process in description.get("processes", []):
+        _make_process(process, f"{root}/proc/{process['pid']}")
+
+
+def _make_process(process: dict[str, Any], path: str) -> None:
+    os.makedirs(f"{path}/fd")
+    _write(f"{path}/comm", f"{process['name']}\n".encode())
+    _write(f"{path}/cgroup", process["cgroup"].encode())
+    for number, target in enumerate(process["open"]):
+        os.symlink(target, f"{path}/fd/{number}")
 
 
 def _config(root: str) -> str:

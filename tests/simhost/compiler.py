@@ -35,6 +35,10 @@ _FLAGS = (
 _BRANDS = (("Quadro", 1), ("Tesla", 2), ("NVIDIA GeForce", 5), ("NVIDIA TITAN", 6), ("NVIDIA RTX", 13))
 _BRAND_NVIDIA = 14
 
+# What NVML tells of a GPU at this moment, where the description does not: MiB, percent, degrees Celsius.
+_NOW = {"memory_total": 16384, "memory_used": 512, "load": 7, "temperature": 35}
+_MIB = 1 << 20
+
 _MIG_STATES = {"not supported": -1, "disabled": 0, "enabled": 1}
 
 
@@ -119,8 +123,17 @@ def _gpu_entry(gpu: dict[str, Any]) -> str:
         gpu["minor"], json.dumps(gpu["name"]), json.dumps(gpu["uuid"]),
         f"0x{domain}", f"0x{bus}", f"0x{device}", gpu.get("pci_device_id", "0x000010DE"),
         major, minor, brand, 1 if isinstance(mig, list) else _MIG_STATES[mig],
+        *_memory(gpu), *(_now(gpu, key) for key in ("load", "temperature")),
     ]  # fmt: skip
     return "    {" + ", ".join(map(str, values)) + "},"
+
+
+def _now(item: dict[str, Any], key: str) -> int:
+    return int(item.get("now", {}).get(key, _NOW[key]))
+
+
+def _memory(item: dict[str, Any]) -> list[int]:
+    return [_now(item, key) * _MIB for key in ("memory_total", "memory_used")]
 
 
 def _migs(gpu: dict[str, Any]) -> list[dict[str, Any]]:
@@ -132,6 +145,7 @@ def _mig_entry(description: Description, position: int, gpu: dict[str, Any], mig
     instance = f"gpu{gpu['minor']}/gi{mig['gi']}"
     values = [
         f"gpus + {position}", mig["gi"], mig["ci"], json.dumps(mig["profile"]), json.dumps(mig["uuid"]),
+        *_memory(mig),
         _cap(description, f"{instance}/access"), _cap(description, f"{instance}/ci{mig['ci']}/access"),
     ]  # fmt: skip
     return "    {" + ", ".join(map(str, values)) + "},"

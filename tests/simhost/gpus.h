@@ -19,6 +19,8 @@ struct gpu {
     unsigned major_capability, minor_capability;
     int brand;
     int mig; /* -1 not supported, 0 disabled, 1 enabled */
+    unsigned long long memory_total, memory_used; /* bytes; 0 in all: NVML does not tell */
+    int load, temperature; /* percent, degrees Celsius; -1: NVML does not tell */
 };
 
 struct mig {
@@ -26,6 +28,7 @@ struct mig {
     unsigned gi, ci;
     const char *profile;
     const char *uuid;
+    unsigned long long memory_total, memory_used;
     int gi_cap, ci_cap; /* minors of the nodes below /dev/nvidia-caps, -1 where the host does not tell */
 };
 

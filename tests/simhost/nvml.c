@@ -24,6 +24,15 @@ typedef struct {
     char bus_id[32];
 } pci_info;
 
+typedef struct {
+    unsigned version;
+    unsigned long long total, reserved, free, used;
+} memory_v2;
+
+typedef struct {
+    unsigned gpu, memory;
+} utilization;
+
 /* A handle points into gpus[] or into migs[]. */
 typedef const void *handle;
 
@@ -323,5 +332,46 @@ int nvmlDeviceGetComputeInstanceId(handle device, unsigned *id)
     if (!mig)
         return as_gpu(device) ? NOT_SUPPORTED : INVALID_ARGUMENT;
     *id = mig->ci;
+    return SUCCESS;
+}
+
+/* The values of the moment do not change: what is printed of a simulated host is the same every time. */
+
+int nvmlDeviceGetMemoryInfo_v2(handle device, memory_v2 *memory)
+{
+    const struct gpu *gpu = as_gpu(device);
+    const struct mig *mig = as_mig(device);
+
+    if (!gpu && !mig)
+        return INVALID_ARGUMENT;
+    memory->total = gpu ? gpu->memory_total : mig->memory_total;
+    memory->used = gpu ? gpu->memory_used : mig->memory_used;
+    memory->reserved = 0;
+    memory->free = memory->total - memory->used;
+    return memory->total ? SUCCESS : NOT_SUPPORTED;
+}
+
+int nvmlDeviceGetUtilizationRates(handle device, utilization *rates)
+{
+    const struct gpu *gpu = as_gpu(device);
+
+    if (!gpu)
+        return as_mig(device) ? NOT_SUPPORTED : INVALID_ARGUMENT;
+    if (gpu->load < 0 || gpu->mig == 1)
+        return NOT_SUPPORTED;
+    rates->gpu = gpu->load;
+    rates->memory = gpu->load / 2;
+    return SUCCESS;
+}
+
+int nvmlDeviceGetTemperature(handle device, int sensor, unsigned *temperature)
+{
+    const struct gpu *gpu = as_gpu(device);
+
+    if (!gpu || sensor != 0)
+        return as_mig(device) ? NOT_SUPPORTED : INVALID_ARGUMENT;
+    if (gpu->temperature < 0)
+        return NOT_SUPPORTED;
+    *temperature = gpu->temperature;
     return SUCCESS;
 }
