@@ -198,6 +198,7 @@ def test_it_holds_nothing_of_the_one_who_left_it(installed: Installed) -> None:
     targets = {os.readlink(fd) for fd in (place / "fd").iterdir()}
     assert {target for target in targets if not target.startswith(f"{installed.reserve}/")} == {"/dev/null"}
     assert os.readlink(place / "cwd") == "/"
+    assert (place / "comm").read_text() == "nvhook-reserve\n"
     assert os.stat(installed.reserve).st_mode & 0o777 == 0o700
 
 

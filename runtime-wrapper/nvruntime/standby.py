@@ -85,6 +85,7 @@ class Waiting:
     def stand_by(self, runtime: int) -> None:
         """Prepare, wait, serve, answer. Unasked it ends with the process `runtime`, the low-level one."""
         os.setsid()
+        be_called("nvhook-standby")
         signal.alarm(_SECONDS)
         only(self.ends)
         _stand_by(self.task, self.place, self.ends, runtime)
@@ -170,6 +171,12 @@ def say(answer: int, status: int, said: list[str]) -> None:
     """Write the answer: never more than a pipe takes, for nobody may be there to read it."""
     text = "".join(f"{one_line(line)}\n" for line in said)
     os.write(answer, f"{status}\n{text}".encode(errors="backslashreplace")[:_MAX_ANSWER])
+
+
+def be_called(name: str) -> None:
+    """What `ps` and `top` show; 15 characters at most."""
+    with open("/proc/self/comm", "w") as file:
+        file.write(name)
 
 
 def only(kept: list[int]) -> None:
