@@ -66,7 +66,7 @@ def serve(
 
     Without a `trail` the wrapper has been here: it wrote down who gets what, and the rules of the device cgroup.
     """
-    container = containers.find(state, described)
+    container = containers.find(state.pid, described.rootfs)
     if ahead is None or not ahead.fits(config, asked, container.root, container.layout):
         ahead = prepare(config, asked, container.root, container.layout, warnings)
     if trail:
