@@ -756,13 +756,22 @@ def test_nothing_is_imported_or_looked_up_after_the_entry(shop: Workshop, image:
 
 @pytest.mark.root
 def test_environment_is_not_listened_to(shop: Workshop) -> None:
-    """LXC's hook has the variables of an image. None of them names a configuration, a file to write or a module."""
-    trap = shop.new("trap")
-    env = {"NVHOOK_CONFIG": "/none", "NVC_DEBUG_FILE": str(trap), "PYTHONPATH": str(shop.place), "PYTHONINSPECT": "1"}
-    command = [str(CLI), "--config", str(shop.config(A100)), "info"]
+    """LXC's hook has the variables of an image. None of them names a configuration, a file to write, a module, or a
+    directory of the multi-process service."""
+    host, config = shop.copy_of(A100)
+    (host / "driver/mps").mkdir()
+    os.mkfifo(host / "driver/mps/control")
+    env = {
+        "NVHOOK_CONFIG": "/none",
+        "NVC_DEBUG_FILE": str(host / "trap"),
+        "PYTHONPATH": str(host),
+        "PYTHONINSPECT": "1",
+        "CUDA_MPS_PIPE_DIRECTORY": "/mps",
+    }
+    command = [str(CLI), "--config", str(config), "list", "--ipcs"]
     done = subprocess.run(command, env=env, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stderr) == (0, "")
-    assert not trap.exists()
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert not (host / "trap").exists()
 
 
 # Documentation

@@ -55,6 +55,7 @@ def main(arguments: list[str], default_config: str) -> int:
     log = Log(None, warnings)
     try:
         options = containeroptions.parse(arguments, _version)
+        os.environ.clear()  # LXC's hook has the variables of an image, and none of them says where a daemon listens
         log = Log(options.debug, warnings)
         config = _settings(options, default_config, warnings)
         if options.command == "configure":
