@@ -19,12 +19,19 @@ _BLOCK = re.compile(r"^```console\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 _ANYTHING = "..."
 
 
-def check(page: str, host: Path, substitutions: Mapping[str, str]) -> None:
-    """Assert that docs/`page` is true on `host`; `substitutions`: what is printed here -> what the page has for it."""
+def check(page: str, host: Path, substitutions: Mapping[str, str], commands: Mapping[str, str] | None = None) -> None:
+    """Assert that docs/`page` is true on `host`.
+
+    substitutions   what is printed here -> what the page has for it
+    commands        what the page has in a command -> what is run here in its place
+    """
     examples = _examples((REPOSITORY / "docs" / page).read_text())
     assert examples, f"docs/{page} has no block of ```console"
     for command, expected in examples:
-        printed = _run(command, host)
+        words = command
+        for theirs, ours in (commands or {}).items():
+            words = words.replace(theirs, ours)
+        printed = _run(words, host)
         for ours, theirs in substitutions.items():
             printed = printed.replace(ours, theirs)
         form = ".*".join(re.escape(part) for part in _words(expected).split(f"\n{_ANYTHING}\n"))

@@ -13,11 +13,10 @@ from pathlib import Path
 import pytest
 
 from nvhook import container as containers
-from nvhook.container import Container, find, layout
+from nvhook.container import find, here, layout
 from nvhook.errors import ContainerError
 from nvhook.linux import kernel, mountinfo
 from nvhook.linux.root import DIRECTORY, Root
-from nvhook.spec import Spec, State
 
 TRIPLET = f"{os.uname().machine}-linux-gnu"
 MULTIARCH = (f"/usr/lib/{TRIPLET}", "/usr/lib/i386-linux-gnu")
@@ -84,11 +83,6 @@ def elsewhere(work: Callable[[], None]) -> None:
         pass
 
 
-def found(pid: int, rootfs: str) -> Container:
-    spec = Spec(env={}, mounts=[], annotations={}, privileged=False, rootfs=rootfs, device_rules=[])
-    return find(State(pid, "/bundle", "name"), spec)
-
-
 @pytest.fixture
 def rootfs(tmp_path: Path) -> Path:
     (tmp_path / "rootfs/usr/lib64").mkdir(parents=True)
@@ -100,8 +94,10 @@ def rootfs(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("path", ["/", "//", "/usr/..", "/proc/self/root"])
 def test_find_refuses_the_root_of_the_host(path: str) -> None:
-    with pytest.raises(ContainerError, match=f"`root.path` is `{path}`: that is the host's own root filesystem"):
-        found(os.getpid(), path)
+    with pytest.raises(
+        ContainerError, match=f"the container's root is `{path}`: that is the host's own root filesystem"
+    ):
+        find(os.getpid(), path)
 
 
 def test_find_process_is_gone(rootfs: Path) -> None:
@@ -110,18 +106,18 @@ def test_find_process_is_gone(rootfs: Path) -> None:
         os._exit(0)
     os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
     with pytest.raises(ContainerError, match=f"process {pid} of the container is gone"):
-        found(pid, str(rootfs))  # it has ended, and nobody has asked how
+        find(pid, str(rootfs))  # it has ended, and nobody has asked how
     os.waitpid(pid, 0)
     with pytest.raises(ContainerError, match=f"process {pid} of the container is gone$"):
-        found(pid, str(rootfs))
+        find(pid, str(rootfs))
 
 
 def test_find_refuses_our_own_mount_namespace(rootfs: Path) -> None:
     wanted = "has no mount namespace of its own: it is not a container"
     with pytest.raises(ContainerError, match=wanted):
-        found(os.getpid(), str(rootfs))
+        find(os.getpid(), str(rootfs))
     with process(lambda: None) as pid, pytest.raises(ContainerError, match=f"process {pid} {wanted}"):
-        found(pid, str(rootfs))
+        find(pid, str(rootfs))
 
 
 @pytest.mark.root
@@ -131,7 +127,7 @@ def test_find_refuses_another_root_filesystem(rootfs: Path, other: str) -> None:
         (rootfs.parent / name).mkdir()
     wanted = f"has not mounted `{rootfs.parent}/{other}`: it is not a container of this bundle"
     with process(_mounted(rootfs)) as pid, pytest.raises(ContainerError, match=wanted):
-        found(pid, f"{rootfs.parent}/{other}")
+        find(pid, f"{rootfs.parent}/{other}")
 
 
 NAMES = {
@@ -152,7 +148,7 @@ def test_find(tmp_path: Path, name: str) -> None:
     (tmp_path / "link").symlink_to(rootfs)
     with process(_mounted(rootfs)) as pid:
         for path in (str(rootfs), f"{rootfs}/", str(tmp_path / "link")):
-            container = found(pid, path)
+            container = find(pid, path)
             assert container.rootfs == str(rootfs)
             assert os.path.samestat(os.fstat(container.root.fd), rootfs.stat())
             assert (container.uid, container.gid, container.in_userns, container.rootless) == (0, 0, False, False)
@@ -168,7 +164,7 @@ def test_find_sees_what_is_mounted_in_the_container_alone(rootfs: Path) -> None:
         (rootfs / "etc/debian_version").touch()
 
     with process(_mounted(rootfs, image)) as pid:
-        assert found(pid, str(rootfs)).layout.libraries == MULTIARCH[0]
+        assert find(pid, str(rootfs)).layout.libraries == MULTIARCH[0]
     assert os.listdir(rootfs) == ["usr"]
 
 
@@ -181,7 +177,7 @@ def _map(pid: int, uids: str, gids: str) -> None:
 def test_find_in_a_user_namespace(rootfs: Path) -> None:
     with process(_in_user_namespace(_mounted(rootfs))) as pid:
         _map(pid, "1000 5 1\n0 100000 1000\n", "0 200000 65536\n")
-        container = found(pid, str(rootfs))
+        container = find(pid, str(rootfs))
         assert (container.uid, container.gid, container.in_userns, container.rootless) == (100000, 200000, True, False)
 
 
@@ -190,7 +186,7 @@ def test_find_in_a_user_namespace_without_root(rootfs: Path) -> None:
     with process(_in_user_namespace(_mounted(rootfs))) as pid:
         _map(pid, "1000 100000 1\n", "0 200000 65536\n")
         with pytest.raises(ContainerError, match="the container's user namespace has no id 0"):
-            found(pid, str(rootfs))
+            find(pid, str(rootfs))
 
 
 @pytest.mark.root
@@ -199,7 +195,7 @@ def test_find_from_inside_a_user_namespace(rootfs: Path) -> None:
 
     def ask() -> None:
         with process(_mounted(rootfs)) as pid:
-            container = found(pid, str(rootfs))
+            container = find(pid, str(rootfs))
             facts = (container.uid, container.gid, container.in_userns, container.rootless)
             assert facts == (0, 0, True, True)
 
@@ -229,6 +225,51 @@ def test_find_from_inside_a_user_namespace(rootfs: Path) -> None:
     os.close(said)
 
 
+# here()
+
+
+@pytest.mark.parametrize("path", ["/", "//", "/usr/..", "/proc/self/root"])
+def test_here_refuses_the_root_of_the_host(path: str) -> None:
+    with pytest.raises(ContainerError, match=f"the container's root is `{path}`: that is the host's own root"):
+        here(path)
+
+
+def test_here_there_is_none(tmp_path: Path) -> None:
+    with pytest.raises(ContainerError, match=f"open `{tmp_path}/none`: no such file or directory"):
+        here(f"{tmp_path}/none")
+
+
+@pytest.mark.root
+def test_here(rootfs: Path) -> None:
+    """A directory that is no mount point will do: who calls chroot needs none. The namespace stays what it is."""
+
+    def ask() -> None:
+        kernel.unshare(kernel.CLONE_NEWNS)
+        kernel.mount("none", "/", None, kernel.MS_REC | kernel.MS_PRIVATE)
+        namespace = os.stat("/proc/self/ns/mnt")
+        container = here(str(rootfs))
+        container.enter()
+        assert os.path.samestat(os.stat("/proc/self/ns/mnt"), namespace)
+        assert os.path.samestat(os.fstat(container.root.fd), rootfs.stat())
+        assert (container.uid, container.gid, container.in_userns, container.rootless) == (0, 0, False, False)
+        assert container.layout.libraries == "/usr/lib64"
+
+    elsewhere(ask)
+
+
+@pytest.mark.root
+def test_here_refuses_a_tree_that_others_see_change(rootfs: Path) -> None:
+    def ask() -> None:
+        kernel.unshare(kernel.CLONE_NEWNS)
+        kernel.mount("none", "/", None, kernel.MS_REC | kernel.MS_PRIVATE)
+        kernel.mount(str(rootfs), str(rootfs), None, kernel.MS_BIND)
+        kernel.mount("none", str(rootfs), None, MS_SHARED)
+        with pytest.raises(ContainerError, match=r"is in a mount that other mount namespaces share: .*unshare --mount"):
+            here(str(rootfs))
+
+    elsewhere(ask)
+
+
 # enter(), be_host(), shares()
 
 
@@ -239,7 +280,7 @@ def test_enter_makes_files_as_the_container_root(rootfs: Path, in_userns: bool) 
     os.chown(rootfs, *ids)
 
     def hook(pid: int) -> None:
-        container = found(pid, str(rootfs))
+        container = find(pid, str(rootfs))
         namespace = os.stat("ns/mnt", dir_fd=container.proc)
         container.enter()
         assert os.path.samestat(os.stat("/proc/self/ns/mnt"), namespace)
@@ -265,7 +306,7 @@ def test_enter_keeps_the_capabilities_that_are_needed(rootfs: Path, caller: str)
     expected = sum(1 << int(getattr(kernel, f"CAP_{name}")) for name in needed | {"SYS_CHROOT"})
 
     def hook(pid: int) -> None:
-        container = found(pid, str(rootfs))
+        container = find(pid, str(rootfs))
         allowed = expected
         if caller == "with-less":
             allowed = 1 << kernel.CAP_SYS_ADMIN | 1 << kernel.CAP_SYS_CHROOT
@@ -301,7 +342,7 @@ def test_shares(rootfs: Path, name: str) -> None:
         kernel.mount("none", f"{rootfs}/{name}-private", "tmpfs", 0)
 
     with process(_mounted(rootfs, volumes)) as pid:
-        container = found(pid, str(rootfs))
+        container = find(pid, str(rootfs))
         assert container.shares(container.root.open(f"/{name}"))
         assert not container.shares(container.root.open(f"/{name}-private"))
         assert not container.shares(container.root.fd)
@@ -314,7 +355,7 @@ def test_shares_nothing_out_of_a_user_namespace(rootfs: Path) -> None:
 
     with process(_in_user_namespace(_mounted(rootfs, shared))) as pid:
         _map(pid, "0 100000 65536\n", "0 200000 65536\n")
-        container = found(pid, str(rootfs))
+        container = find(pid, str(rootfs))
         assert not container.shares(container.root.fd)
 
 

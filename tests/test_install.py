@@ -32,6 +32,7 @@ def prefix(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("nvidia-container-runtime", "NVIDIA Container Runtime version 0.1.0 (nvhook)\n"),
         ("nvidia-container-runtime-hook", "NVIDIA Container Runtime Hook version 0.1.0 (nvhook)\n"),
         ("nvhook", "nvhook 0.1.0\n"),
+        ("nvidia-container-cli", "cli-version: 1."),
     ],
 )
 def test_command_from_anywhere_with_an_empty_environment(prefix: Path, command: str, version: str) -> None:

@@ -74,6 +74,11 @@ class Audit:
             self.refuse(warning, "warning")
         return self.asked
 
+    def expect(self, asked: Request) -> None:
+        """For who makes the request himself. The files are open from then on, as after `read`."""
+        self.asked = asked
+        self._open()
+
     def grant(self) -> None:
         if not self.asked or not self.chosen:
             return

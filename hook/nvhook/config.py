@@ -326,8 +326,11 @@ def _ldconfig(value: str, path: str) -> str:
             f"`{path}`: `nvidia-container-cli.ldconfig` = `{value}` is not a path of the host",
             "write `@` before it; the program of an image is never run",
         )
-    # Ubuntu's ldconfig is a shell script around ldconfig.real; a script cannot be run from a memfd.
-    program = value[1:]
+    return ldconfig_program(value[1:])
+
+
+def ldconfig_program(program: str) -> str:
+    """Ubuntu's ldconfig is a shell script around ldconfig.real; a script cannot be run from a memfd."""
     if not program.endswith(".real") and os.path.exists(program + ".real"):
         return program + ".real"
     if program.endswith(".real") and not os.path.exists(program):

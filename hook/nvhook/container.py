@@ -12,7 +12,6 @@ import os
 from .errors import ContainerError, reason
 from .linux import kernel, mountinfo, userns
 from .linux.root import DIRECTORY, Root
-from .spec import Spec, State
 
 # What changing the container's tree takes, and the children that ldconfig.py starts there. With NET_ADMIN, rules of the
 # device cgroup are taken back when that fails (kernels before 5.8).
@@ -73,7 +72,7 @@ class Container:
         self,
         *,
         proc: int,
-        namespace: int,
+        namespace: int,  # -1: ours
         root: Root,
         rootfs: str,
         layout: Layout,
@@ -103,7 +102,8 @@ class Container:
         try:
             kernel.keep_capabilities(*_CAPABILITIES)
             kernel.prctl(kernel.PR_SET_NO_NEW_PRIVS, 1)
-            kernel.setns(self._namespace, kernel.CLONE_NEWNS)
+            if self._namespace >= 0:
+                kernel.setns(self._namespace, kernel.CLONE_NEWNS)
         except OSError as error:
             raise ContainerError(f"enter the mount namespace of `{self.rootfs}`: {reason(error)}") from None
         if self.uid or self.gid:
@@ -129,34 +129,71 @@ class Container:
         kernel.setfsgid(os.getegid())
 
 
-def find(state: State, spec: Spec) -> Container:
-    """The container of `state`, whose root filesystem `spec` names.
+def find(pid: int, path: str) -> Container:
+    """The container of process `pid`, with the directory `path` for its root filesystem.
 
     ContainerError when the process is gone, is in our own mount namespace, or has not mounted that root filesystem:
     then it is not a container of this bundle, and nothing may be done to it.
     """
-    rootfs = os.path.realpath(spec.rootfs)
-    if rootfs == "/":
-        raise ContainerError(f"`root.path` is `{spec.rootfs}`: that is the host's own root filesystem")
+    rootfs = _real(path)
     try:
-        proc = os.open(f"/proc/{state.pid}", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        proc = os.open(f"/proc/{pid}", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     except FileNotFoundError:
-        raise ContainerError(f"process {state.pid} of the container is gone") from None
+        raise ContainerError(f"process {pid} of the container is gone") from None
     try:
-        return _open(state, rootfs, proc)
+        return _open(pid, rootfs, proc)
     except (ProcessLookupError, FileNotFoundError) as error:
-        raise ContainerError(f"process {state.pid} of the container is gone: {reason(error)}") from None
+        raise ContainerError(f"process {pid} of the container is gone: {reason(error)}") from None
     except OSError as error:
-        raise ContainerError(f"open `{spec.rootfs}` of process {state.pid}: {reason(error)}") from None
+        raise ContainerError(f"open `{path}` of process {pid}: {reason(error)}") from None
 
 
-def _open(state: State, rootfs: str, proc: int) -> Container:
+def here(path: str) -> Container:
+    """The directory `path` of our own mount namespace, which the caller has made for a container.
+
+    That it is one is his word. ContainerError where others would see the mounts as well: then it is not.
+    """
+    rootfs = _real(path)
+    try:
+        proc = os.open("/proc/self", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        root = Root(os.open(rootfs, DIRECTORY))
+        mounts = _read(proc, "mountinfo")
+    except OSError as error:
+        raise ContainerError(f"open `{path}`: {reason(error)}") from None
+    rootless = not userns.is_first()
+    container = Container(
+        proc=proc,
+        namespace=-1,
+        root=root,
+        rootfs=rootfs,
+        layout=layout(root),
+        owner=(os.geteuid(), os.getegid()),
+        in_userns=rootless,
+        rootless=rootless,
+        shared=mountinfo.shared(mounts),
+    )
+    if container.shares(root.fd):
+        raise ContainerError(
+            f"`{path}` is in a mount that other mount namespaces share: they would have the mounts too",
+            "make a mount namespace with private mounts first, as `unshare --mount` does",
+        )
+    return container
+
+
+def _real(path: str) -> str:
+    rootfs = os.path.realpath(path)
+    if rootfs == "/":
+        raise ContainerError(f"the container's root is `{path}`: that is the host's own root filesystem")
+    return rootfs
+
+
+def _open(pid: int, rootfs: str, proc: int) -> Container:
     namespace = os.open("ns/mnt", os.O_RDONLY | os.O_CLOEXEC, dir_fd=proc)
     if os.path.samestat(os.fstat(namespace), os.stat("/proc/self/ns/mnt")):
-        raise ContainerError(f"process {state.pid} has no mount namespace of its own: it is not a container")
+        raise ContainerError(f"process {pid} has no mount namespace of its own: it is not a container")
     mounts = _read(proc, "mountinfo")
     if rootfs not in mountinfo.mount_points(mounts):
-        raise ContainerError(f"process {state.pid} has not mounted `{rootfs}`: it is not a container of this bundle")
+        raise ContainerError(f"process {pid} has not mounted `{rootfs}`: it is not a container of this bundle")
     above = Root(os.open("root", DIRECTORY, dir_fd=proc))
     root = Root(above.open(rootfs, DIRECTORY))
     os.close(above.fd)

@@ -66,22 +66,14 @@ def serve(
 
     Without a `trail` the wrapper has been here: it wrote down who gets what, and the rules of the device cgroup.
     """
-    container = containers.find(state, described)
+    container = containers.find(state.pid, described.rootfs)
     if ahead is None or not ahead.fits(config, asked, container.root, container.layout):
         ahead = prepare(config, asked, container.root, container.layout, warnings)
     if trail:
         trail.chosen = ahead.chosen
     edits = ahead.edits
-    for edit in edits:
-        edit.examine(container)
     notes = _notes(config, state, warnings)
-    undo_access = _allow(edits, described, config, container) if trail else _nothing
-    try:
-        container.enter()
-        editing.apply(edits, container)
-    except BaseException:
-        undo_access()
-        raise
+    change(config, container, edits, _not_allowed(edits, described) if trail else [])
     if trail:
         trail.grant()
     if notes:
@@ -184,15 +176,37 @@ def _prepare(edits: list[editing.Edit], config: Config) -> None:
         edit.prepare(config)
 
 
-def _allow(edits: list[editing.Edit], described: spec.Spec, config: Config, container: Container) -> Callable[[], None]:
-    """Open the device cgroup for nodes that the spec's own rules do not cover; the answer takes that back.
+def change(config: Config, container: Container, edits: list[editing.Edit], closed: list[editing.Device]) -> None:
+    """Apply `edits`, and open the device cgroup for the nodes that are `closed`: all of it, or nothing.
+
+    The container's mount namespace is ours from then on.
+    """
+    for edit in edits:
+        edit.examine(container)
+    undo_access = _allow(closed, config, container)
+    try:
+        container.enter()
+        editing.apply(edits, container)
+    except BaseException:
+        undo_access()
+        raise
+
+
+def _not_allowed(edits: list[editing.Edit], described: spec.Spec) -> list[editing.Device]:
+    """The nodes that the spec's own rules do not cover.
 
     The wrapper writes the rules into the spec, where the runtime and systemd know them. Without it (dockerd's
-    --gpus, hooks.d) the cgroup itself is all that is left. In a user namespace of our own it is not ours to change.
+    --gpus, hooks.d) the cgroup itself is all that is left.
     """
-    missing = [
-        edit for edit in edits if isinstance(edit, editing.Device) and not described.allows(edit.major, edit.minor)
-    ]
+    nodes = [edit for edit in edits if isinstance(edit, editing.Device)]
+    return [node for node in nodes if not described.allows(node.major, node.minor)]
+
+
+def _allow(missing: list[editing.Device], config: Config, container: Container) -> Callable[[], None]:
+    """Open the device cgroup for these nodes; the answer takes that back.
+
+    In a user namespace of our own it is not ours to change.
+    """
     if not missing or config.no_cgroups or container.rootless:
         return _nothing
     from .linux import cgroups  # only where there was no wrapper

@@ -160,7 +160,7 @@ def _imex_channels(spec: Spec, config: Config, warnings: list[str]) -> tuple[int
     places = _from_mounts(spec.mounts) if config.accept_volume_mounts else []
     names = [name[len("imex/") :] for name in places if name.startswith("imex/")]
     if names:
-        return _channels(names, f"a mount below {VOLUME_ROOT}imex")
+        return channels(names, f"a mount below {VOLUME_ROOT}imex")
     names = [name.strip() for name in spec.env.get("NVIDIA_IMEX_CHANNELS", "").split(",") if name.strip()]
     # These words are for GPUs: which channels there are is agreed on by the hosts of a domain, and not by one of them.
     if not names or {"all", "none", "void"} & set(names):
@@ -168,17 +168,18 @@ def _imex_channels(spec: Spec, config: Config, warnings: list[str]) -> tuple[int
     if not (spec.privileged or config.accept_env_when_unprivileged):
         warnings.append("NVIDIA_IMEX_CHANNELS of an unprivileged container is ignored, as config.toml says")
         return ()
-    return _channels(names, "NVIDIA_IMEX_CHANNELS")
+    return channels(names, "NVIDIA_IMEX_CHANNELS")
 
 
-def _channels(names: list[str], origin: str) -> tuple[int, ...]:
+def channels(names: list[str], origin: str) -> tuple[int, ...]:
+    """As numbers, once each; RequestError names `origin` and the one that is none."""
     for name in names:
         if not (name.isdecimal() and name.isascii() and len(name) < 8 and int(name) <= _MAX_CHANNEL):
             raise RequestError(f"`{name}` in {origin} is no IMEX channel", f"they are numbers from 0 to {_MAX_CHANNEL}")
-    channels = tuple(dict.fromkeys(int(name) for name in names))
-    if len(channels) > _MAX_CHANNELS:
-        raise RequestError(f"{len(channels)} IMEX channels in {origin}, more than {_MAX_CHANNELS}")
-    return channels
+    numbers = tuple(dict.fromkeys(int(name) for name in names))
+    if len(numbers) > _MAX_CHANNELS:
+        raise RequestError(f"{len(numbers)} IMEX channels in {origin}, more than {_MAX_CHANNELS}")
+    return numbers
 
 
 def _has_mig_right(spec: Spec, right: str) -> bool:

@@ -92,9 +92,10 @@ class Containerd:
         return left + [f"cgroup: {path}" for path in remove_cgroups(self.namespace)]
 
     def ctr(self, *words: str, namespace: str = "") -> subprocess.CompletedProcess[str]:
+        """Its PATH has the installed commands first: `--gpus` looks one up."""
         return subprocess.run(
             [*self.machine.enter(), program("ctr"), *words],
-            env={"PATH": PLACES, "CONTAINERD_NAMESPACE": namespace or self.namespace},
+            env={"PATH": f"{self.wrapper.parent}:{PLACES}", "CONTAINERD_NAMESPACE": namespace or self.namespace},
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,

@@ -143,6 +143,37 @@ def test_eight_at_once(containerd: Containerd) -> None:
         assert list(pool.map(lambda _: containerd.run(*ALL), range(8))) == [BOTH] * 8
 
 
+# ctr run --gpus, which has nvidia-container-cli called by a hook
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        pytest.param(["--gpus", "0"], gpu_lines(HOST, 0), id="first"),
+        pytest.param(["--gpus", "1"], gpu_lines(HOST, 1), id="second"),
+        pytest.param(["--gpus", "0", "--gpus", "1"], BOTH, id="both"),
+    ],
+)
+def test_gpus(containerd: Containerd, options: list[str], expected: str) -> None:
+    before = containerd.mounts()
+    assert containerd.run(*options, plain=True) == expected
+    assert before == containerd.mounts()
+
+
+def test_gpus_opens_the_device_cgroup_for_them_alone(containerd: Containerd) -> None:
+    script = f"{TRY}\ntry /dev/nvidia1; try /dev/nvidia-uvm; mknod /dev/nvidia0 c 195 0; try /dev/nvidia0"
+    shown = containerd.run("--gpus", "0", script=script, plain=True)
+    assert shown == "/dev/nvidia1 open\n/dev/nvidia-uvm open\n/dev/nvidia0 denied\n"
+
+
+def test_gpus_that_are_not_there(containerd: Containerd) -> None:
+    before = containerd.mounts()
+    done = containerd.ctr("run", "--rm", "--gpus", "7", IMAGE, containerd.new_name(), "true")
+    assert done.returncode == 1
+    assert "nvidia-container-cli: device error: unknown device `7`; this host has 0 (" in done.stderr
+    assert before == containerd.mounts()
+
+
 # In a user namespace
 
 

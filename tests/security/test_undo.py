@@ -58,7 +58,7 @@ def break_at_every(output):
         child = os.fork()
         if child == 0:
             asked = request.read(described, settings, [])
-            place = container.find(state, described)
+            place = container.find(state.pid, described.rootfs)
             wanted = prestart.prepare(settings, asked, place.root, place.layout, []).edits
             for edit in wanted:
                 edit.examine(place)

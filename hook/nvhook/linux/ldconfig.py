@@ -66,6 +66,8 @@ def run(program: int, rootfs: str, root: Root, directories: tuple[str, ...], own
             seconds=_SECONDS, memory=_MEMORY, data=_DATA, file_size=_FILE_SIZE, files=_FILES, output=_OUTPUT
         ),
         program=program,
+        # The child of a user who is not root, and may mount in a user namespace, has one of its own, without other ids.
+        or_nobody=os.geteuid() != 0,
         calls=seccomp.LDCONFIG,
     )
     if ended.status is None:

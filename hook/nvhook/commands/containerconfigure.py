@@ -1,0 +1,115 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`nvidia-container-cli configure`: the hook's work (prestart.py) for a container that is named by the caller.
+
+With --pid it is another process's, entered as the hook enters it. Without, it is the mount namespace that we are in:
+that it was made for a container, and that ROOTFS will be its root, is the caller's word. No note is kept of what stays
+in the root filesystem: nobody calls when such a container ends.
+
+After `prestart.change` nothing is imported, and no path is looked up.
+"""
+
+from __future__ import annotations
+
+import os
+
+from nvhook import audit, container, prestart
+from nvhook import config as configuration
+from nvhook.edits import Device, Edit, Mount
+from nvhook.errors import NvhookError
+from nvhook.linux import kernel
+from nvhook.request import Request
+
+from . import containeroptions, plan
+from .containeroptions import NAME, InputError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    import argparse
+
+    from nvhook.config import Config
+
+    from .containercli import Log
+
+
+class _PermissionError(NvhookError):
+    stage = "permission"
+
+
+def configure(options: argparse.Namespace, config: Config, warnings: list[str], log: Log) -> None:
+    """All that is asked for, or an NvhookError and nothing."""
+    asked = _request(options)
+    _adapt(config, options, warnings)
+    _must_mount()
+    trail = audit.Audit(config, NAME, options.rootfs)
+    trail.expect(asked)
+    try:
+        _apply(options, config, asked, warnings, trail, log)
+    except NvhookError as error:
+        trail.refuse(str(error))
+        raise
+    trail.grant()
+
+
+def _apply(
+    options: argparse.Namespace, config: Config, asked: Request, warnings: list[str], trail: audit.Audit, log: Log
+) -> None:
+    place = container.find(options.pid, options.rootfs) if options.pid else container.here(options.rootfs)
+    ahead = prestart.prepare(config, asked, place.root, place.layout, warnings)
+    trail.chosen = ahead.chosen
+    nodes = [edit for edit in ahead.edits if isinstance(edit, Device)]
+    edits = [edit for edit in ahead.edits if not _is_left_out(options, edit)]
+    for edit in edits if log else ():
+        log.write("info", plan.sentence(edit.describe()))
+    if nodes and not options.pid and not options.no_cgroups:
+        warnings.append("the device cgroup is the caller's own without --pid, and stays as it is; say --no-cgroups")
+    prestart.change(config, place, edits, nodes if options.pid else [])
+
+
+def _is_left_out(options: argparse.Namespace, edit: Edit) -> bool:
+    if isinstance(edit, Device):
+        return bool(options.no_devbind)
+    return isinstance(edit, Mount) and containeroptions.is_left_out(options, edit.destination)
+
+
+def _request(options: argparse.Namespace) -> Request:
+    if not os.path.isabs(options.rootfs):
+        raise InputError(f"invalid rootfs directory: `{options.rootfs}` is no absolute path")
+    return Request(
+        containeroptions.devices(options),
+        tuple(name for name in configuration.CAPABILITIES if getattr(options, name)),
+        containeroptions.requirements(options),
+        f"{NAME} configure",
+        imex_channels=containeroptions.imex_channels(options),
+        mig_rights=containeroptions.mig_rights(options),
+    )
+
+
+def _adapt(config: Config, options: argparse.Namespace, warnings: list[str]) -> None:
+    config.no_cgroups = options.no_cgroups
+    if options.ldconfig is not None:
+        if not options.ldconfig.startswith("@/"):
+            raise InputError(
+                f"--ldconfig=`{options.ldconfig}` is not a path of the host",
+                "write `@` before it; the program of an image is never run",
+            )
+        config.ldconfig = configuration.ldconfig_program(options.ldconfig[1:])
+    modes = set(options.cuda_compat_mode)
+    if options.no_cntlibs or "disabled" in modes:
+        config.cuda_compat = False
+    elif len(modes) > 1:
+        raise InputError("only one cuda-compat-mode can be specified at a time")
+    elif modes:
+        config.cuda_compat = True
+    if config.cuda_compat and "mount" in modes:
+        text = "--cuda-compat-mode=mount is not honoured by nvhook, which mounts no file of an image"
+        warnings.append(f"{text}; `ldconfig` is in force")
+
+
+def _must_mount() -> None:
+    """An ordinary user is told so at once, and not by the first mount."""
+    with open("/proc/self/status", encoding="ascii", errors="replace") as file:
+        effective = next(line for line in file if line.startswith("CapEff:"))
+    if not int(effective.split()[1], 16) >> kernel.CAP_SYS_ADMIN & 1:
+        raise _PermissionError(
+            "`configure` mounts, and this process has no CAP_SYS_ADMIN", "call it as root, or in a user namespace"
+        )
