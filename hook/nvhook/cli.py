@@ -8,11 +8,11 @@ import argparse
 import os
 import sys
 
-from .commands import configcheck, configure, plan, snapshot
+from .commands import configcheck, configure, doctor, plan, snapshot
 from .errors import NvhookError
 from .version import VERSION
 
-_COMMANDS = (plan, configure, configcheck, snapshot)  # in the order of --help
+_COMMANDS = (plan, configure, configcheck, doctor, snapshot)  # in the order of --help
 
 
 def main(arguments: list[str], default_config: str) -> int:
