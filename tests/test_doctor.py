@@ -9,6 +9,8 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import re
+import shlex
 import socket
 import subprocess
 import tempfile
@@ -19,6 +21,7 @@ from typing import Any
 import pytest
 
 import containers
+import docpages
 from nvhook import config as configuration
 from nvhook import inventory
 from nvhook.commands import checks_engines, doctor
@@ -394,11 +397,11 @@ def contained(patient: Patient, place: Path) -> dict[str, str]:
     return dict(found)
 
 
-@pytest.mark.parametrize(("name", "count"), [("h200", 1), ("a100x2", 2), ("wsl2", 1)])
-def test_container_starts(simhost: Callable[[str], Path], tmp_path: Path, name: str, count: int) -> None:
+@pytest.mark.parametrize(("name", "count"), [("h200", "1 GPU"), ("a100x2", "2 GPUs"), ("wsl2", "1 GPU")])
+def test_container_starts(simhost: Callable[[str], Path], tmp_path: Path, name: str, count: str) -> None:
     patient = Patient(simhost(name), tmp_path / "host")
     found = contained(patient, tmp_path / "place")
-    assert found["reason"] == f"starts, and nvidia-smi sees {count} GPUs in it"
+    assert found["reason"] == f"starts, and nvidia-smi sees {count} in it"
 
 
 def test_container_that_does_not_start(patient: Patient, tmp_path: Path) -> None:
@@ -406,3 +409,45 @@ def test_container_that_does_not_start(patient: Patient, tmp_path: Path) -> None
     found = contained(patient, tmp_path / "place")
     assert found["status"] == "failure"
     assert "no runtime binary found from candidate list: [nothing]" in found["reason"]
+
+
+# The page
+
+
+SPECIFICATION = """\
+kind: nvidia.com/gpu
+containerEdits:
+  mounts:
+  - hostPath: /usr/local/nvidia/lib64/libcuda.so.570.86.10
+"""
+
+
+def test_page_shows_what_is_printed(patient: Patient, tmp_path: Path) -> None:
+    patient.docker()
+    patient.write("driver/etc/cdi/nvidia.yaml", SPECIFICATION)
+    # runc needs the cgroups of one version, which this machine may have to be given first.
+    start = f"{shlex.join(containers.any_cgroups())} nvhook"
+    host = f"--root {patient.root}"
+    places = {
+        f"{patient.config}": "/etc/nvidia-container-runtime/config.toml",
+        f"{patient.host}/run": "/run/nvhook",
+        f"{patient.root}": "/",
+    }
+    commands = {
+        "sudo nvhook doctor --no-container": f"nvhook doctor --no-container {host}",
+        "sudo nvhook doctor": f"{start} doctor {host} --runtime-path {containers.WRAPPER}",
+        "nvhook doctor --no-container --json": f"nvhook doctor --no-container --json {host}",
+        "sudo nvhook snapshot": f"nvhook snapshot {host}",
+        "bug.json": f"{tmp_path}/bug.json",
+    }
+    with patient.answering({"CgroupDriver": "systemd", "CgroupVersion": "2", "Runtimes": {"nvidia": {}}}):
+        docpages.check("doctor.md", patient.host, places, commands)
+    description.check(json.loads((tmp_path / "bug.json").read_text())["host"], "host")
+
+
+def test_page_names_every_check() -> None:
+    text = (containers.REPOSITORY / "docs/doctor.md").read_text()
+    first = [line.split(" | ")[0] for line in text.splitlines() if line.startswith("| `")]
+    named = [word for cell in first for word in re.findall("`([a-z-]+)`", cell)]
+    assert [name for name, _ in doctor.CHECKS if name not in named] == []
+    assert set(named) - {"check"} == {*(name for name, _ in doctor.CHECKS), "container"}

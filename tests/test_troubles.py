@@ -8,6 +8,7 @@ container says by itself in the second.
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -178,7 +179,7 @@ SEEN = [
         "systemctl restart docker",
     ),
     (1, H200, dockerd_of_a_snap, "dockerd", "failure", "comes from a snap", "snap remove docker"),
-    (2, H200, no_char_links, "char-links", "warning", "`systemctl daemon-reload` takes it", "ln -sf ../nvidiactl "),
+    (2, H200, no_char_links, "char-links", "warning", "`systemctl daemon-reload` takes them", "ln -sf ../nvidiactl "),
     (3, H200, stale_specification, "cdi", "failure", "is for driver 570.86.10, and 580.159.04", "nvhook cdi generate"),
     (
         3,
@@ -186,7 +187,7 @@ SEEN = [
         specification_of_files_that_are_gone,
         "cdi",
         "failure",
-        "1 files that are not there",
+        "names 1 path where nothing is",
         "nvhook cdi generate",
     ),
     (
@@ -348,3 +349,11 @@ def test_image_that_brings_driver_files_is_no_trouble(simhost: Callable[[str], P
     status, output, _ = patient.run("plan", "--rootfs", str(rootfs), "--env", "NVIDIA_VISIBLE_DEVICES=all")
     assert status == 0
     assert f"libcuda.so.580.159.04  from {patient.root}" in output
+
+
+def test_page_has_every_trouble_and_each_is_made_here() -> None:
+    text = (Path(__file__).parent.parent / "docs/troubleshooting.md").read_text()
+    numbers = [int(number) for number in re.findall(r"^## (\d+)\. ", text, re.MULTILINE)]
+    assert list(range(1, 16)) == numbers
+    made = {row[0] for row in [*SEEN, *REFUSED]} | {13, 14}  # these two have tests of their own
+    assert set(numbers) == made

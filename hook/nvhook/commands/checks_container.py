@@ -20,7 +20,7 @@ from nvhook.linux.root import DIRECTORY, Root
 
 from .checks_driver import driver
 from .configure import runtime_path
-from .findings import failure, ok, skipped
+from .findings import failure, ok, several, skipped
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -79,7 +79,7 @@ def _judge(name: str, done: subprocess.CompletedProcess[str] | None, expected: i
     seen = sum(line.startswith("GPU ") for line in done.stdout.splitlines())
     if seen < expected:
         return failure(name, f"sees {seen} of {expected} GPUs", "see `nvidia-smi -L` on the host")
-    return ok(name, f"starts, and nvidia-smi sees {seen} GPUs in it")
+    return ok(name, f"starts, and nvidia-smi sees {several(seen, 'GPU')} in it")
 
 
 def _program(host: Host, version: str) -> str:

@@ -203,8 +203,8 @@ def check_char_links(host: Host) -> Iterator[Finding]:
         yield ok(f"{host.dev}/char", "has a link for each node of the driver")
         return
     make = " && ".join(f"ln -sf ../{wanted[path]} {path}" for path in missing)
-    why = "systemd cannot name the device, and `systemctl daemon-reload` takes it from a running container"
-    yield warning(missing[0], f"and {len(missing) - 1} more links are not there: {why}", make)
+    why = "systemd cannot name these devices, and `systemctl daemon-reload` takes them from a running container"
+    yield warning(f"{host.dev}/char", f"has no link for {' '.join(wanted[path] for path in missing)}: {why}", make)
 
 
 def check_persistence(host: Host) -> Iterator[Finding]:

@@ -14,7 +14,7 @@ from nvhook.errors import reason
 
 from .checks_driver import driver
 from .checks_system import search_path
-from .findings import failure, ok, warning
+from .findings import failure, ok, several, warning
 from .programs import HOOK, MISSING, NVIDIA, OURS, RUNTIME, whose
 
 TYPE_CHECKING = False
@@ -119,7 +119,7 @@ def _check_specification(host: Host, path: str) -> Iterator[Finding]:
     if loaded and versions and loaded not in versions:
         yield failure(path, f"is for driver {', '.join(sorted(versions))}, and {loaded} is loaded", again)
     elif gone:
-        yield failure(path, f"names {len(gone)} files that are not there, among them {gone[0]}", again)
+        yield failure(path, f"names {several(len(gone), 'path')} where nothing is, the first {gone[0]}", again)
     elif wrong:
         yield failure(path, wrong[0], again)
     else:

@@ -55,6 +55,10 @@ def skipped(object: str, reason: str, remedy: str = "") -> Finding:  # noqa: A00
     return Finding(SKIPPED, object, reason, remedy)
 
 
+def several(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
 def worst(found: Iterable[Finding]) -> str:
     statuses = {finding.status for finding in found}
     return next((status for status in (FAILURE, WARNING) if status in statuses), OK)
