@@ -61,6 +61,7 @@ class Patient:
         self.program("usr/bin/dockerd", "#!/bin/sh\n")
         runtimes = {"runtimes": {"nvidia": {"path": "/usr/bin/nvidia-container-runtime", "runtimeArgs": []}}}
         self.write("driver/etc/docker/daemon.json", text or json.dumps(runtimes))
+        self.write("driver/run/docker.pid", DOCKERD.removeprefix("proc/"))
         self.write(f"{DOCKERD}/comm", "dockerd\n")
         self.write(f"{DOCKERD}/environ", f"HOME=/\0PATH={path}\0")
         self.write(f"{DOCKERD}/stat", f"4711 (docker) d) S {' '.join(['0'] * 18)} {started} 0\n")

@@ -252,12 +252,35 @@ def test_dockerd_that_has_not_read_its_file(patient: Patient) -> None:
 
 
 @pytest.mark.parametrize(
-    "answer", [b"", b"[]", b"{", b"[" * 100_000, b"\xff\0", b'{"Runtimes": 1, "CgroupDriver": []}']
+    "answer", [b"", b"[]", b"{", b"[" * 100_000, b"\xff\0", b"HTTP", b'{"Runtimes": 1, "CgroupDriver": []}']
 )
 def test_answer_of_dockerd_that_is_none(patient: Patient, answer: bytes) -> None:
     patient.docker()
     with patient.answering(answer):
         assert len(patient.finding("dockerd")["reason"]) < 700
+
+
+def test_process_that_only_calls_itself_dockerd_is_not_asked(patient: Patient) -> None:
+    """A container's processes are in /proc too, and a remedy is copied into root's shell."""
+    patient.docker()
+    patient.write("proc/815/comm", "dockerd\n")
+    patient.write("proc/815/environ", "PATH=/;reboot\0")
+    with patient.answering({"Runtimes": {"nvidia": {}}}):
+        assert patient.doctor()[0] == 0
+        patient.write("driver/run/docker.pid", "../815")
+        assert [item["reason"] for item in patient.doctor()[1] if item["check"] == "dockerd"] == ["does not run"]
+
+
+def test_remedy_quotes_what_it_names(patient: Patient) -> None:
+    patient.write("driver/etc/cdi/a;reboot.json", "{")
+    assert patient.finding("cdi")["remedy"] == "nvhook cdi generate --output '/etc/cdi/a;reboot.json'"
+
+
+def test_config_that_is_named_and_not_there(patient: Patient) -> None:
+    patient.config.unlink()
+    status, output, errors = patient.run("doctor", "--root", str(patient.root))
+    assert (status, output) == (1, "")
+    assert errors == f"nvhook: config error: read `{patient.config}`: no such file\n"
 
 
 def test_socket_where_nobody_listens(patient: Patient) -> None:

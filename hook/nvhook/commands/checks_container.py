@@ -8,6 +8,7 @@ Nothing of the container stays.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -195,5 +196,6 @@ def _run(host: Host, runtime: str, directory: str) -> subprocess.CompletedProces
     except subprocess.TimeoutExpired:
         return None
     finally:
-        delete = [*command, "delete", "--force", name]
-        subprocess.run(delete, env=environment, capture_output=True, timeout=_SECONDS, check=False)  # noqa: S603
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            delete = [*command, "delete", "--force", name]
+            subprocess.run(delete, env=environment, capture_output=True, timeout=_SECONDS, check=False)  # noqa: S603

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import fnmatch
 import os
+import shlex
 
 from nvhook.errors import ConfigError, reason
 
@@ -180,13 +181,12 @@ def check_dockerd(host: Host) -> Iterator[Finding]:
     """The daemon that runs: it looked for the hook when it was started, and says then what it has."""
     if not any(engine.name == "docker" for engine in installed(host)):
         return
-    processes = list(host.processes("dockerd"))
-    if not processes:
-        yield ok("dockerd", "does not run")
-    for process in processes:
+    process = dockerd.process(host)
+    if process:
         yield from _check_process(host, process)
-    if processes:
         yield from _check_answer(host)
+    else:
+        yield ok("dockerd", "does not run")
 
 
 def _check_process(host: Host, process: str) -> Iterator[Finding]:
@@ -203,11 +203,11 @@ def _check_process(host: Host, process: str) -> Iterator[Finding]:
     if not found:
         ours = next((f"{place}/{HOOK}" for place in PLACES if host.is_program(f"{place}/{HOOK}")), "")
         why = f"{HOOK} is not on it ({':'.join(places)}): `docker run --gpus` fails"
-        link = f"ln -s {ours} {places[-1] if places else '/usr/bin'}/" if ours else "install nvhook"
+        link = f"ln -s {ours} {shlex.quote(places[-1] if places else '/usr/bin')}/" if ours else "make install"
         yield failure("PATH of dockerd", why, f"{link} && systemctl restart docker")
     elif whose(host, found) == NVIDIA:
         why = f"{found} comes first, and is NVIDIA's: `docker run --gpus` uses that one"
-        yield warning("PATH of dockerd", why, f"rm {found} && systemctl restart docker")
+        yield warning("PATH of dockerd", why, f"rm {shlex.quote(found)} && systemctl restart docker")
     elif 0 < dockerd.started(host, process) < _changed(host, found):
         why = f"{found} was installed after dockerd was started, which looks for it only then"
         yield failure("dockerd", why, "systemctl restart docker")

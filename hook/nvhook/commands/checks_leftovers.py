@@ -8,6 +8,7 @@ import itertools
 import json
 import os
 import re
+import shlex
 import stat
 
 from nvhook.errors import reason
@@ -66,13 +67,15 @@ def check_hooks(host: Host) -> Iterator[Finding]:
             program, stages = hook
             owner = whose(host, program)
             if owner == MISSING:
-                yield failure(path, f"names `{program}`, which is not there: no container starts", f"rm {path}")
+                yield failure(
+                    path, f"names `{program}`, which is not there: no container starts", f"rm {shlex.quote(path)}"
+                )
             elif owner == NVIDIA:
-                yield warning(path, f"runs NVIDIA's hook, `{program}`, as well", f"rm {path}")
+                yield warning(path, f"runs NVIDIA's hook, `{program}`, as well", f"rm {shlex.quote(path)}")
             elif "prestart" in stages:
                 starting.append(path)
     if len(starting) > 1:
-        yield warning(starting[0], f"runs our hook, and so does {starting[1]}", f"rm {starting[1]}")
+        yield warning(starting[0], f"runs our hook, and so does {starting[1]}", f"rm {shlex.quote(starting[1])}")
     elif starting:
         yield ok(starting[0], "runs our hook")
 
@@ -99,7 +102,7 @@ def check_cdi(host: Host) -> Iterator[Finding]:
 
 
 def _check_specification(host: Host, path: str) -> Iterator[Finding]:
-    again = f"nvhook cdi generate --output {path}"
+    again = f"nvhook cdi generate --output {shlex.quote(path)}"
     try:
         document = _parse(host, path)
     except (OSError, ValueError) as error:

@@ -3,10 +3,8 @@
 
 from __future__ import annotations
 
-import http.client
 import json
 import os
-import socket
 
 from .examined import kernel_text
 
@@ -17,42 +15,54 @@ if TYPE_CHECKING:
     from .examined import Host
 
 SOCKET = "/run/docker.sock"
+# A process of a container may go by any name; these files are root's.
+_PID_FILES = ("/run/docker.pid", "/run/snap.docker/docker.pid")
 _SECONDS = 5
 _MAX_ANSWER = 1 << 20
+# Of version 1.0, so that the answer comes in one piece and ends with the connection.
+_QUESTION = b"GET /info HTTP/1.0\r\nHost: localhost\r\n\r\n"
 
 
-class _Connection(http.client.HTTPConnection):
-    """HTTP over the socket that a descriptor holds, whatever the length of its path."""
-
-    def __init__(self, held: int) -> None:
-        super().__init__("localhost", timeout=_SECONDS)
-        self.held = held
-
-    def connect(self) -> None:
-        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        self.sock.settimeout(_SECONDS)
-        self.sock.connect(f"/proc/self/fd/{self.held}")
+def process(host: Host) -> str:
+    """Its directory in /proc, or empty where it does not run."""
+    for path in _PID_FILES:
+        number = host.text(path).strip()
+        directory = f"{host.proc}/{number}"
+        is_number = number.isdecimal() and number.isascii()
+        if is_number and kernel_text(f"{directory}/comm").strip() == "dockerd":
+            return directory
+    return ""
 
 
 def info(host: Host) -> dict[str, Any]:
     """What `docker info` shows, `Runtimes` among it; OSError where nobody answers, ValueError for no such answer."""
-    held = host.files.open(SOCKET)
-    connection = _Connection(held)
+    head, _, body = _ask(host).partition(b"\r\n\r\n")
+    if head.split(b" ", 2)[1:2] != [b"200"]:
+        raise ValueError(f"`{head[:80].decode(errors='replace')}` is no answer")
     try:
-        connection.request("GET", "/info")
-        answer = connection.getresponse().read(_MAX_ANSWER)
-    except http.client.HTTPException as error:
-        raise ValueError(f"no HTTP: {error}") from None
-    finally:
-        connection.close()
-        os.close(held)
-    try:
-        document = json.loads(answer)
+        document = json.loads(body)
     except RecursionError:
         raise ValueError("too deeply nested") from None
     if not isinstance(document, dict) or not isinstance(document.get("Runtimes"), dict):
         raise ValueError("the answer names no runtimes")
     return document
+
+
+def _ask(host: Host) -> bytes:
+    import socket  # for one check of one command
+
+    held = host.files.open(SOCKET)
+    answer = bytearray()
+    try:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
+            connection.settimeout(_SECONDS)
+            connection.connect(f"/proc/self/fd/{held}")  # whatever the length of its path
+            connection.sendall(_QUESTION)
+            while len(answer) <= _MAX_ANSWER and (piece := connection.recv(1 << 16)):
+                answer += piece
+    finally:
+        os.close(held)
+    return bytes(answer)
 
 
 def search_path(process: str) -> list[str]:

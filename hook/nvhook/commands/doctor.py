@@ -8,9 +8,10 @@ the user sees. Only the test container changes anything, and no more than any ot
 from __future__ import annotations
 
 import argparse
+import os
 
 from nvhook import config as configuration
-from nvhook.errors import ConfigError, NvhookError, reason
+from nvhook.errors import NvhookError, reason
 from nvhook.version import VERSION
 
 from . import (
@@ -19,7 +20,9 @@ from . import (
     checks_engines,
     checks_leftovers,
     checks_system,
+    configcheck,
     findings,
+    load,
     snapshot,
 )
 from .examined import Host
@@ -27,6 +30,8 @@ from .examined import Host
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+
+    from nvhook.config import Config
 
     from . import Subparsers
     from .findings import Finding
@@ -84,7 +89,7 @@ def add(commands: Subparsers) -> None:
 
 
 def run(options: argparse.Namespace, warnings: list[str]) -> int:
-    host = Host(_config(options.config_path), options.config_path, options.root)
+    host = Host(_config(options), options.config_path, options.root)
     found = examine(host, container=not options.no_container, runtime=options.runtime_path)
     if options.report:
         document = {"nvhook": VERSION, **_document(found), "host": snapshot.describe(host, warnings)}
@@ -97,16 +102,13 @@ def run(options: argparse.Namespace, warnings: list[str]) -> int:
     return findings.exit_status(found)
 
 
-def _config(path: str) -> configuration.Config:
+def _config(options: argparse.Namespace) -> Config:
     """NVIDIA's defaults where the file is not right: the check of that name says why, and the others go on."""
-    from . import configcheck
-
-    try:
-        if not any(is_error for is_error, _ in configcheck.findings(path)):
-            return configuration.load(path)
-    except ConfigError:
-        pass
-    return configuration.load("")
+    path = options.config_path
+    if not os.path.lexists(path):
+        return load(options, [])
+    is_right = not any(is_error for is_error, _ in configcheck.findings(path))
+    return load(options, []) if is_right else configuration.load("")
 
 
 def _document(found: list[Finding]) -> dict[str, object]:

@@ -15,8 +15,6 @@ from nvhook.linux.root import DIRECTORY, Root
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from nvhook.config import Config
 
 _MAX_TEXT = 1 << 20
@@ -65,13 +63,6 @@ class Host:
             return stat.S_ISREG(status.st_mode) and bool(status.st_mode & 0o111)
         finally:
             os.close(fd)
-
-    def processes(self, *names: str) -> Iterator[str]:
-        """The directories in /proc of the processes that run one of these programs."""
-        for number in sorted(filter(str.isdecimal, listed(self.proc)), key=int):
-            directory = f"{self.proc}/{number}"
-            if kernel_text(f"{directory}/comm").strip() in names:
-                yield directory
 
 
 def kernel_text(path: str, limit: int = _MAX_TEXT) -> str:
