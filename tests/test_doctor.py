@@ -13,6 +13,7 @@ import re
 import shlex
 import socket
 import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -24,7 +25,7 @@ import containers
 import docpages
 from nvhook import config as configuration
 from nvhook import inventory
-from nvhook.commands import checks_engines, doctor
+from nvhook.commands import checks_engines, doctor, findings
 from nvhook.commands.engines import ENGINES
 from nvhook.commands.examined import Host
 from patients import Patient
@@ -80,6 +81,25 @@ def test_for_people_each_finding_is_a_line_and_each_remedy_too(patient: Patient)
     assert lines[0] == "ok       kernel module: nvidia 580.159.04 is loaded"
     assert lines[-1].startswith("0 failed, 1 to be warned of, ")
     assert "\033" not in output
+
+
+@pytest.mark.parametrize(
+    ("terminal", "no_colour", "coloured"), [(True, "", True), (True, "1", False), (False, "", False)]
+)
+def test_colours_are_for_a_terminal(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    terminal: bool,
+    no_colour: str,
+    coloured: bool,
+) -> None:
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal)
+    monkeypatch.setenv("NO_COLOR", no_colour)
+    findings.show([findings.failure("x", "a\033[31mb", "rm x")])
+    output = capsys.readouterr().out
+    assert ("\033[31mfailure \033[0m x: " in output) == coloured
+    assert ("\033" in output) == coloured
+    assert "a\\x1b[31mb" in output
 
 
 def test_host_without_a_gpu_is_one_finding(simhost: Callable[[str], Path], tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -146,6 +147,16 @@ def test_file_that_exists_is_not_written_over(proc: Path, tmp_path: Path, capsys
         assert take(proc, str(tmp_path / name), root=proc) == 1
         assert f"write `{tmp_path / name}`: it exists; name a new file" in capsys.readouterr().err
     assert precious.read_text() == "precious\n"
+
+
+@pytest.mark.root
+@pytest.mark.parametrize("reader", ["true", "head -c 1 >/dev/null"])
+def test_reader_who_has_seen_enough(simhost: SimHost, reader: str) -> None:
+    script = Path(__file__).parent.parent / "scripts/nvhook"
+    environment = {"PATH": "/usr/bin:/bin", "NVHOOK_CONFIG": str(simhost("h100x8") / "config.toml")}
+    command = f"{script} snapshot | {reader}"
+    done = subprocess.run(["sh", "-c", command], env=environment, capture_output=True, text=True, check=False)
+    assert (done.stdout, done.stderr) == ("", "")
 
 
 def test_root_that_is_not_there(proc: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -28,7 +28,11 @@ def main(arguments: list[str], default_config: str) -> int:
     warnings: list[str] = []
     try:
         status: int = options.run(options, warnings)
+        sys.stdout.flush()
         return status
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # whoever reads us has seen enough
+        return 1
     except NvhookError as error:
         print(f"nvhook: {error}", file=sys.stderr)
         return 1
