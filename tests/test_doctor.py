@@ -11,6 +11,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import socket
 import subprocess
 import sys
@@ -187,6 +188,35 @@ def test_hook_that_is_there_twice(patient: Patient) -> None:
 def test_gpu_that_nvml_does_not_see(patient: Patient) -> None:
     (patient.host / "dev/nvidia0").unlink()
     assert "fallen off the bus" in patient.finding("nvml")["reason"]
+
+
+def on_the_bus(patient: Patient, address: str, driver: str) -> None:
+    place = f"sys/bus/pci/devices/{address}"
+    patient.write(f"{place}/vendor", "0x10de\n")
+    patient.write(f"{place}/class", "0x030200\n")
+    if driver:
+        (patient.host / place / "driver").symlink_to(f"../../../bus/pci/drivers/{driver}")
+
+
+@pytest.mark.parametrize(
+    ("driver", "expected"),
+    [
+        pytest.param("", ["GPU 0000:00:07.0"], id="no-driver"),
+        pytest.param("nvidia", ["GPU 0000:00:07.0"], id="nvidia"),
+        pytest.param("vfio-pci", [], id="given-to-a-virtual-machine"),
+    ],
+)
+def test_gpu_on_the_bus_that_the_driver_does_not_use(patient: Patient, driver: str, expected: list[str]) -> None:
+    on_the_bus(patient, "0000:00:06.0", "nvidia")
+    on_the_bus(patient, "0000:00:07.0", driver)
+    found = [item["object"] for item in patient.doctor()[1] if item["check"] == "gpus" and item["status"] == "warning"]
+    assert found == expected
+
+
+def test_every_gpu_is_given_to_virtual_machines(patient: Patient) -> None:
+    shutil.rmtree(patient.host / "proc/driver")
+    on_the_bus(patient, "0000:00:06.0", "vfio-pci")
+    assert patient.finding("module")["reason"] == "vfio-pci has every GPU, for virtual machines"
 
 
 # Engines

@@ -13,7 +13,7 @@ from nvhook import gpus, inventory, sockets, wsl
 from nvhook.errors import DriverError
 
 from .examined import kernel_text, listed
-from .findings import failure, ok, skipped, warning
+from .findings import failure, ok, several, skipped, warning
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -122,8 +122,8 @@ def check_libraries(host: Host) -> Iterator[Finding]:
             "driver libraries", error.message, "reboot" if "the libraries below" in error.message else error.hint
         )
         return
-    what = f"{len(files.libraries)} libraries and {len(files.binaries)} programs of {files.version}"
-    yield ok("driver libraries", f"{what} below {host.config.driver_root}")
+    what = f"{len(files.libraries)} libraries and {several(len(files.binaries), 'program')}"
+    yield ok("driver libraries", f"{what} of {files.version} below {host.config.driver_root}")
     for note in notes:
         yield warning("driver files", note, "reinstall the driver")
 
