@@ -8,11 +8,11 @@ import argparse
 import os
 import sys
 
-from .commands import configcheck, configure, info, listing, plan
+from .commands import configcheck, configure, doctor, info, listing, plan, snapshot
 from .errors import NvhookError
 from .version import VERSION
 
-_COMMANDS = (info, listing, plan, configure, configcheck)  # in the order of --help
+_COMMANDS = (info, listing, plan, doctor, snapshot, configure, configcheck)  # in the order of --help
 
 
 def main(arguments: list[str], default_config: str) -> int:
@@ -28,7 +28,11 @@ def main(arguments: list[str], default_config: str) -> int:
     warnings: list[str] = []
     try:
         status: int = options.run(options, warnings)
+        sys.stdout.flush()
         return status
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # whoever reads us has seen enough
+        return 1
     except NvhookError as error:
         print(f"nvhook: {error}", file=sys.stderr)
         return 1

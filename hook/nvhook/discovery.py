@@ -140,13 +140,22 @@ _STORE = "/nix/store/"
 _SUBDIRECTORIES = ("", "vdpau", "tls")
 
 
-def discover(driver_root: str, ldcache_path: str, version: str, warnings: list[str], *, proc_root: str = "/") -> Driver:
+def discover(
+    driver_root: str,
+    ldcache_path: str,
+    version: str,
+    warnings: list[str],
+    *,
+    proc_root: str = "/",
+    opened: type[Root] = Root,
+) -> Driver:
     """The driver `version` below `driver_root`. DriverError when there is none, naming the versions that are there.
 
-    A file that goes with the libraries and is damaged is left out; `warnings` name it.
+    A file that goes with the libraries and is damaged is left out; `warnings` name it. `opened` is the kind of Root
+    that is made of `driver_root`, for whoever wants to know what is looked at.
     """
     try:
-        root = Root(os.open(driver_root, DIRECTORY))
+        root = opened(os.open(driver_root, DIRECTORY))
     except OSError as error:
         raise DriverError(
             f"open the driver root `{driver_root}`: {reason(error)}",

@@ -21,7 +21,7 @@ from .config import Config
 from .driver import Binary, Driver, File, Library
 from .errors import DriverError, reason
 
-_NAME = "inventory.json"
+NAME = "inventory.json"
 _NVML_NAME = "nvml.json"
 _FILES = "files"
 _FORMAT = 3
@@ -50,7 +50,7 @@ def load(config: Config, version: str, warnings: list[str], *, again: bool = Fal
     DriverError when this host has no libraries of that version. A state directory that cannot be written costs a
     warning and the work of the next start.
     """
-    path = os.path.join(config.state_dir, _NAME)
+    path = os.path.join(config.state_dir, NAME)
     origin = _origin(config, version)
     if not again:
         driver = _read(path, origin, _driver)
@@ -66,6 +66,11 @@ def load(config: Config, version: str, warnings: list[str], *, again: bool = Fal
     if keep:
         _keep(path, {"origin": origin, **_describe(driver)}, warnings, otherwise)
     return driver
+
+
+def is_kept(config: Config, version: str) -> bool:
+    """Whether the next start finds an inventory of the driver `version` that is good."""
+    return _read(os.path.join(config.state_dir, NAME), _origin(config, version), _driver) is not None
 
 
 def _discover(config: Config, version: str, warnings: list[str]) -> Driver:

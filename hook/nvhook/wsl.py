@@ -49,11 +49,11 @@ def is_store(version: str) -> bool:
     return not version.replace(".", "").isdecimal()
 
 
-def discover(driver_root: str, store: str) -> Driver:
+def discover(driver_root: str, store: str, *, opened: type[Root] = Root) -> Driver:
     """The driver of that store. Every capability has all of it: Windows' driver has no parts."""
     from . import discovery  # pyelftools, once per driver
 
-    root = Root(os.open(driver_root, DIRECTORY))
+    root = opened(os.open(driver_root, DIRECTORY))
     directory = f"{_STORES}/{store}"
     libraries, binaries, files = [], [], []
     for path in [*(f"{directory}/{name}" for name in root.names(directory)), _DXCORE]:

@@ -62,20 +62,27 @@ def check(path: str, *, must_exist: bool) -> int:
     if not must_exist and not os.path.lexists(path):
         print(one_line(f"{path}: no such file; NVIDIA's defaults are in force"))
         return 0
+    found = findings(path)
+    for _, line in found:
+        print(line)
+    if not found:
+        print("ok")
+    return 1 if any(is_error for is_error, _ in found) else 0
+
+
+def findings(path: str) -> list[tuple[bool, str]]:
+    """(whether it stops a container, `FILE:LINE: KEY: what and the remedy`) in the order of the file."""
     try:
         text = _read(path)
         table = _parse(text)
     except _FileError as refused:
-        print(one_line(f"{path}{refused.place}: {refused.why}"))
-        return 1
+        return [(True, one_line(f"{path}{refused.place}: {refused.why}"))]
     errors, warnings = examine(table, path)
     lines = locate(text)
-    found = [(_line(lines, key), key, what) for key, what in [*errors, *warnings]]
-    for line, key, what in sorted(found, key=lambda finding: finding[:2]):
-        print(one_line(f"{path}:{line}: {key}: {what}"))
-    if not found:
-        print("ok")
-    return 1 if errors else 0
+    found = [(_line(lines, key), key, what, True) for key, what in errors]
+    found += [(_line(lines, key), key, what, False) for key, what in warnings]
+    found.sort(key=lambda finding: finding[:2])
+    return [(is_error, one_line(f"{path}:{line}: {key}: {what}")) for line, key, what, is_error in found]
 
 
 def _read(path: str) -> str:

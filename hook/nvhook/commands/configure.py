@@ -90,7 +90,7 @@ def _wanted(options: argparse.Namespace, config: Config, engine: Engine) -> Want
         config=config,
         nvhook_config=options.config_path,
         runtime_name=name,
-        runtime_path=_runtime_path(options.runtime_path, must_exist=not options.remove),
+        runtime_path=runtime_path(options.runtime_path, must_exist=not options.remove),
         config_file=options.config_file,
         set_as_default=options.set_as_default,
         cdi=options.cdi,
@@ -98,7 +98,7 @@ def _wanted(options: argparse.Namespace, config: Config, engine: Engine) -> Want
     )
 
 
-def _runtime_path(chosen: str, *, must_exist: bool) -> str:
+def runtime_path(chosen: str, *, must_exist: bool) -> str:
     """The one that is installed together with this command, for that one belongs to it."""
     beside = os.path.join(os.path.dirname(os.path.realpath(sys.argv[0])), _RUNTIME)
     candidates = [chosen] if chosen else [beside, shutil.which(_RUNTIME) or ""]

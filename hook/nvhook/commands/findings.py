@@ -1,0 +1,88 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What `doctor` finds: one record for each thing that was looked at, and how it is shown."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+from nvhook.errors import one_line
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+OK, WARNING, FAILURE, SKIPPED = "ok", "warning", "failure", "skipped"
+
+_COLOURS = {OK: "\033[32m", WARNING: "\033[33m", FAILURE: "\033[31m", SKIPPED: "\033[2m"}
+_EXIT = {OK: 0, FAILURE: 1, WARNING: 3}
+_LONGEST = 600  # characters; a message of an engine or of a container may have any number
+
+
+class Finding:
+    """`object` is what was looked at, `reason` what it is like, `remedy` the command or the words that put it right.
+
+    `check` is the name of the check, the same in every version.
+    """
+
+    __slots__ = ("check", "object", "reason", "remedy", "status")
+
+    def __init__(self, status: str, object: str, reason: str, remedy: str = "", check: str = "") -> None:  # noqa: A002
+        self.status = status
+        self.object = _bounded(object)
+        self.reason = _bounded(reason)
+        self.remedy = one_line(remedy)
+        self.check = check
+
+    def describe(self) -> dict[str, object]:
+        return {name: getattr(self, name) for name in ("check", "status", "object", "reason", "remedy")}
+
+
+def ok(object: str, reason: str) -> Finding:  # noqa: A002
+    return Finding(OK, object, reason)
+
+
+def warning(object: str, reason: str, remedy: str) -> Finding:  # noqa: A002
+    return Finding(WARNING, object, reason, remedy)
+
+
+def failure(object: str, reason: str, remedy: str) -> Finding:  # noqa: A002
+    return Finding(FAILURE, object, reason, remedy)
+
+
+def skipped(object: str, reason: str, remedy: str = "") -> Finding:  # noqa: A002
+    """What could not be looked at says nothing about the host."""
+    return Finding(SKIPPED, object, reason, remedy)
+
+
+def several(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def worst(found: Iterable[Finding]) -> str:
+    statuses = {finding.status for finding in found}
+    return next((status for status in (FAILURE, WARNING) if status in statuses), OK)
+
+
+def exit_status(found: Iterable[Finding]) -> int:
+    return _EXIT[worst(found)]
+
+
+def show(found: list[Finding]) -> None:
+    """A line for each, so that it can be searched, and a remedy in one piece, so that it can be copied."""
+    is_coloured = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+    for finding in found:
+        word = f"{finding.status:8}"
+        if is_coloured:
+            word = f"{_COLOURS[finding.status]}{word}\033[0m"
+        print(f"{word} {finding.object}: {finding.reason}")
+        if finding.remedy:
+            print(f"         remedy: {finding.remedy}")
+    words = ((FAILURE, "failed"), (WARNING, "to be warned of"), (OK, "ok"), (SKIPPED, "not looked at"))
+    print()
+    print(", ".join(f"{sum(item.status == status for item in found)} {word}" for status, word in words))
+
+
+def _bounded(text: str) -> str:
+    line = one_line(text)
+    return line if len(line) <= _LONGEST else f"{line[:_LONGEST]}…"

@@ -1,0 +1,31 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whose a program is that goes by one of the names which engines look for: ours, NVIDIA's, or nobody's."""
+
+from __future__ import annotations
+
+import os
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from .examined import Host
+
+RUNTIME = "nvidia-container-runtime"
+HOOK = "nvidia-container-runtime-hook"
+
+OURS, NVIDIA, MISSING = "ours", "NVIDIA's", ""
+_START = 16 << 10
+
+
+def whose(host: Host, path: str) -> str:
+    """NVIDIA's are ELF files, ours are scripts that name us; MISSING for what cannot be run."""
+    if not host.is_program(path):
+        return MISSING
+    try:
+        fd = host.files.open_file(path)
+    except OSError:
+        return NVIDIA
+    try:
+        start = os.read(fd, _START)
+    finally:
+        os.close(fd)
+    return OURS if b"nvhook" in start.lower() else NVIDIA
