@@ -5,7 +5,7 @@ PREFIX = /usr/local
 SYSCONFDIR = /etc
 DESTDIR =
 
-.PHONY: bench demo fuzz test test-engines test-security install uninstall
+.PHONY: bench demo fuzz install man test test-engines test-security uninstall
 
 demo:
 	scripts/demo
@@ -29,11 +29,17 @@ bench: build/requirements.stamp
 	/usr/bin/python3 tests/bench.py $(if $(RUNS),--runs $(RUNS)) $(if $(ROWS),--rows $(ROWS)) \
 		$(if $(PEER),--peer $(PEER)) $(if $(REAL),--real) $(if $(JSON),--json $(JSON))
 
-install: build/requirements.stamp
+install: build/man/nvhook.1
 	scripts/install install '$(PREFIX)' '$(SYSCONFDIR)' '$(DESTDIR)'
 
 uninstall:
 	scripts/install uninstall '$(PREFIX)' '$(SYSCONFDIR)' '$(DESTDIR)'
+
+# from the commands' own words
+man: build/man/nvhook.1
+
+build/man/nvhook.1: build/requirements.stamp scripts/manpages.py $(wildcard docs/man/* hook/nvhook/cli.py hook/nvhook/commands/*)
+	.venv/bin/python scripts/manpages.py build/man
 
 build/requirements.stamp: requirements.txt
 	scripts/setup

@@ -72,7 +72,7 @@ class _Print(argparse.Action):
 
 def parse(arguments: Sequence[str], version: Callable[[object], str]) -> argparse.Namespace:
     """InputError for words that are none of ours."""
-    return _parser(version).parse_args(_attached(arguments))
+    return make_parser(version).parse_args(_attached(arguments))
 
 
 def _attached(arguments: Sequence[str]) -> list[str]:
@@ -91,7 +91,7 @@ def _attached(arguments: Sequence[str]) -> list[str]:
     return words
 
 
-def _parser(version: Callable[[object], str]) -> argparse.ArgumentParser:
+def make_parser(version: Callable[[object], str]) -> argparse.ArgumentParser:
     parser = _Parser(
         prog=NAME,
         description="Give containers the NVIDIA GPUs of this host: NVIDIA's command, as nvhook does it.",
