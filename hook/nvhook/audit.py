@@ -74,6 +74,11 @@ class Audit:
             self.refuse(warning, "warning")
         return self.asked
 
+    def take(self, asked: Request) -> None:
+        """In the place of `read`, for what somebody else has decided."""
+        self.asked = asked
+        self._open()
+
     def grant(self) -> None:
         if not self.asked or not self.chosen:
             return
