@@ -599,8 +599,8 @@ BOMB = "a: &a [x,x,x,x,x,x,x,x,x]\n" + "".join(
         ),
         pytest.param(
             "x.yaml",
-            f"a: {'9' * 70000}\n",
-            "has a value of more than 65536 characters at line 1; take it out",
+            f"a: {'9' * 3000}\n",
+            "has a value of more than 2048 characters at line 1; take it out",
             id="number-without-end",
         ),
         pytest.param(
@@ -616,6 +616,12 @@ BOMB = "a: &a [x,x,x,x,x,x,x,x,x]\n" + "".join(
             "a: b: c\n",
             "is not YAML: mapping values are not allowed in this context at line 1; make it anew",
             id="no-yaml",
+        ),
+        pytest.param(
+            "x.yaml",
+            "~: 1\na: 2\n",
+            "has the key `None`, which is no string; write it in quotes, or take it out",
+            id="no-key",
         ),
         pytest.param("x.yaml", "a: 2001-99-99\n", "is not YAML: month must be in 1..12; make it anew", id="no-date"),
         pytest.param(

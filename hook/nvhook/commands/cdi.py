@@ -93,7 +93,7 @@ def _add_reader(actions: Subparsers, name: str, about: str, description: str) ->
         name,
         help=about,
         description=description,
-        epilog=f"nvhook cdi {name} --spec-dir /etc/cdi --json",
+        epilog=f"example: nvhook cdi {name} --spec-dir /etc/cdi --json",
     )
     parser.add_argument(
         "--spec-dir",

@@ -31,7 +31,7 @@ _ENDINGS = (".json", ".yaml")
 _MAX_FILES = 1000
 _MAX_SIZE = 1 << 19  # bytes; NVIDIA's for eight GPUs of seven MIG devices each takes a quarter
 _MAX_DEPTH = 32
-_MAX_SCALAR = 1 << 16
+_MAX_SCALAR = 2048  # characters; a hexadecimal number of twice that cannot even be printed
 _MAX_SHOWN = 200  # characters of what is wrong
 
 
@@ -161,12 +161,14 @@ def _yaml(text: str) -> Any:
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
     try:
         _refuse_tricks(yaml.parse(text, loader))
-        return yaml.load(text, loader)  # noqa: S506 - both are safe loaders
+        document = yaml.load(text, loader)  # noqa: S506 - both are safe loaders
     except yaml.MarkedYAMLError as error:
         line = f" at line {error.problem_mark.line + 1}" if error.problem_mark else ""
         raise Fault(f"is not YAML: {_short(error.problem)}{line}", "make it anew") from None
     except (yaml.YAMLError, ValueError, OverflowError) as error:
         raise Fault(f"is not YAML: {_short(error)}", "make it anew") from None
+    _refuse_odd_keys(document)
+    return document
 
 
 def _refuse_tricks(events: Iterator[Any]) -> None:
@@ -186,6 +188,15 @@ def _refuse_tricks(events: Iterator[Any]) -> None:
             raise Fault(f"is nested too deeply at line {line}", "make it anew")
         if len(getattr(event, "value", "")) > _MAX_SCALAR:
             raise Fault(f"has a value of more than {_MAX_SCALAR} characters at line {line}", "take it out")
+
+
+def _refuse_odd_keys(value: Any) -> None:
+    """Numbers, dates and nothing at all are keys in YAML; the schema's validator cannot even name them."""
+    for key in value if isinstance(value, dict) else ():
+        if not isinstance(key, str):
+            raise Fault(f"has the key `{_short(key)}`, which is no string", "write it in quotes, or take it out")
+    for inner in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        _refuse_odd_keys(inner)
 
 
 def _validate(document: Any) -> None:
