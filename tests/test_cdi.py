@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 import yaml
 
-from containers import HOOK, configure
+import docpages
+from containers import HOOK, REPOSITORY, configure
 from nvhook import config
 from nvhook.cli import main
 from nvhook.commands import cdifiles, cdispec
@@ -702,3 +703,37 @@ def test_capabilities_of_config(cdi: Cdi, capsys: Capture) -> None:
     assert set(config.CAPABILITIES) == set(
         generated(cdi, capsys, A100)["containerEdits"]["hooks"][0]["args"][3].split(",")
     )
+
+
+# docs/cdi.md
+
+
+def test_page(simhost: Callable[[str], Path], tmp_path: Path) -> None:
+    place = simhost(A100)
+    settings = configure(place, tmp_path / "config.toml", tmp_path / "state")
+    own_dev = tmp_path / "own-dev.toml"  # as on a host whose nodes are in /dev
+    own_dev.write_text(settings.read_text().replace(f'dev-root = "{place}"', 'dev-root = "/"'))
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin/nvidia-container-runtime-hook").symlink_to(HOOK)
+    (tmp_path / "bin/nvhook").write_text(
+        f"#!/bin/sh\n"
+        f'case $2 in list | check) set -- "$@" --spec-dir {tmp_path}/etc --spec-dir {tmp_path}/run ;; esac\n'
+        f'exec {REPOSITORY}/scripts/nvhook "$@"\n'
+    )
+    (tmp_path / "bin/nvhook").chmod(0o755)
+    env = {"PATH": f"{tmp_path}/bin:/usr/bin:/bin", "NVHOOK_CONFIG": str(settings)}
+    substitutions = [
+        ("/var/run/cdi", f"{tmp_path}/run"),
+        ("/etc/cdi", f"{tmp_path}/etc"),
+        ("/usr/local/bin", f"{tmp_path}/bin"),
+        ("/etc/nvidia-container-runtime", str(tmp_path)),
+        ("", f"{place}/driver"),
+    ]
+    first, text, faults = docpages.blocks(REPOSITORY / "docs/cdi.md")
+    assert first == docpages.play(first, substitutions, env)
+    assert text == docpages.play(text, substitutions, {**env, "NVHOOK_CONFIG": str(own_dev)})
+    old = write(tmp_path / "etc/nvidia.json", "0", "all")
+    mount = {"hostPath": "/usr/lib64/libcuda.so.535.247.01", "containerPath": "/usr/lib64/libcuda.so.535.247.01"}
+    change(old, lambda document: document.update(containerEdits={"mounts": [mount]}))
+    old.write_text(json.dumps(yaml.safe_load(old.read_text())))
+    assert faults == docpages.play(faults, substitutions, env)
