@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -228,6 +229,17 @@ def test_libraries_are_found_by_the_linker_cache(shop: Workshop) -> None:
     script = "ldconfig -p | grep -E 'libcuda.so.1|-ml.so.1' | grep -c x86-64; readlink /usr/lib/x86_64*/libcuda.so.1"
     shown = start(prepared(shop, A100, "all", family="fedora"), script)
     assert shown.split() == ["2", "libcuda.so.550.163.01"]
+
+
+@pytest.mark.root
+def test_compatibility_libraries_come_first(shop: Workshop) -> None:
+    bundle = prepared(shop, A100, "all")
+    place = bundle.rootfs / "usr/local/cuda/compat"
+    place.mkdir(parents=True)
+    library = shop.simhost(A100) / "driver/usr/lib/x86_64-linux-gnu/libcuda.so.550.163.01"
+    shutil.copy(library, place / "libcuda.so.560.1")
+    (place / "libcuda.so.1").symlink_to("libcuda.so.560.1")
+    assert "=> /usr/local/cuda/compat/libcuda.so.1" in start(bundle, "ldconfig -p | grep -m 1 'libcuda.so.1 '")
 
 
 @pytest.mark.root
