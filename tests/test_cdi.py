@@ -325,6 +325,18 @@ def test_files_with_a_content_of_their_own_are_there(cdi: Cdi, capsys: Capture) 
     assert all(map(os.path.isfile, ours))
 
 
+def test_file_that_has_gone_since_the_inventory_was_made(
+    cdi: Cdi, capsys: Capture, copy: Callable[[str], Path]
+) -> None:
+    host = copy(A100)
+    before = generated(cdi, capsys, host)["containerEdits"]["mounts"]
+    gone = host / "driver/usr/bin/nvidia-debugdump"
+    gone.unlink()
+    assert main(["cdi", *GENERATE], "/nonexistent") == 0  # with the same config.toml, which the inventory goes by
+    after = yaml.safe_load(capsys.readouterr().out)["containerEdits"]["mounts"]
+    assert after == [mount for mount in before if mount["hostPath"] != str(gone)] != before
+
+
 # list
 
 

@@ -122,15 +122,21 @@ def _identified(config: Config, gpus: Gpus, wanted: Wanted, warnings: list[str])
 
 
 def _edits(config: Config, asked: Request, gpus: Gpus, everything: Selection, warnings: list[str]) -> list[Edit]:
-    return plan.make(
-        asked,
-        everything.gpus,
-        gpus,
-        inventory.load(config, gpus.driver_version, warnings),
-        _layout(config.driver_root),
-        dri_nodes=dri.find(config, asked, everything.gpus),
-        sockets=sockets.find(config.driver_root),
-    )
+    """An inventory that names a file which has gone is made again, once."""
+    for again in (False, True):
+        edits = plan.make(
+            asked,
+            everything.gpus,
+            gpus,
+            inventory.load(config, gpus.driver_version, warnings, again=again),
+            _layout(config.driver_root),
+            dri_nodes=dri.find(config, asked, everything.gpus),
+            sockets=sockets.find(config.driver_root),
+        )
+        lost = [edit.source for edit in edits if isinstance(edit, Mount) and not os.path.exists(edit.source)]
+        if not lost:
+            return edits
+    raise DriverError(f"`{lost[0]}` disappeared while the specification was made", "reinstall the driver")
 
 
 def _layout(driver_root: str) -> Layout:
