@@ -57,3 +57,30 @@ def _run(command: str, host: Path) -> str:
         ["sh", "-c", command], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
     )
     return done.stdout
+
+
+# For pages whose blocks need a host of their own each, and hold to the letter
+
+# (text of the page, what it stands for on this machine); an empty text is left out of the output alone
+Substitutions = list[tuple[str, str]]
+
+
+def blocks(page: Path) -> list[str]:
+    return _BLOCK.findall(page.read_text())
+
+
+def play(block: str, substitutions: Substitutions, env: dict[str, str]) -> str:
+    """The block as it is here: its commands (`$ …`, or `# …` for root), each with what it prints on both streams."""
+    shown = ""
+    for line in block.splitlines():
+        if not line.startswith(("$ ", "# ")):
+            continue
+        command = line[2:]
+        for text, here in substitutions:
+            command = command.replace(text, here) if text else command
+        words = ["sh", "-c", f"exec 2>&1; {command}"]
+        output = subprocess.run(words, env=env, capture_output=True, text=True, timeout=60, check=False).stdout
+        for text, here in substitutions:
+            output = output.replace(here, text)
+        shown += f"{line}\n{output}"
+    return shown

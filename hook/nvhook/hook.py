@@ -2,6 +2,7 @@
 """The command nvidia-container-runtime-hook: which stage of a container's life it is called for, and what for.
 
     prestart    the main job (prestart.py)
+    cdi         what an engine cannot do that injects by CDI (cdihook.py)
     poststop    take away what it left in the root filesystem (leftovers.py)
     poststart   nothing
 
@@ -17,6 +18,7 @@ from .errors import NvhookError
 _USAGE = """\
 usage: nvidia-container-runtime-hook [--config FILE] [--no-audit] prestart
        nvidia-container-runtime-hook [--config FILE | --state-dir DIR] poststop
+       nvidia-container-runtime-hook cdi ARGUMENTS    (as `nvhook cdi generate` writes them)
        nvidia-container-runtime-hook poststart | --version
 """
 
@@ -28,7 +30,7 @@ class _Usage(Exception):  # noqa: N818 - not an error of the run
 def main(arguments: list[str], default_config: str) -> int:
     """0 done or nothing to do, 1 an error on stderr, 2 usage."""
     try:
-        command, options = _parse(arguments)
+        command, options = ("cdi", {}) if arguments[:1] == ["cdi"] else _parse(arguments)
     except _Usage:
         sys.stderr.write(_USAGE)
         return 2
@@ -41,6 +43,10 @@ def main(arguments: list[str], default_config: str) -> int:
     try:
         if command == "prestart":
             _prestart(options, default_config, warnings)
+        elif command == "cdi":
+            from . import cdihook
+
+            cdihook.run(arguments[1:], default_config, warnings)
         elif command == "poststop":
             _poststop(options, default_config, warnings)
         return 0

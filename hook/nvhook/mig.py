@@ -89,6 +89,11 @@ def every(host: Gpus) -> list[MigDevice]:
     return [MigDevice(gpu, gi, ci) for gpu in host.gpus for gi, ci in host.instances.get(gpu.minor, ())]
 
 
+def named(host: Gpus, report: Reporter) -> list[MigDevice]:
+    """All of them with the index and the UUID that NVML gives them."""
+    return _search(lambda _: True, host, report)[1]
+
+
 def find(device: str, host: Gpus, report: Reporter) -> MigDevice:
     """The MIG device of that name; DeviceError, with what there is, for none or several."""
     if device.lower().startswith("mig-gpu-"):

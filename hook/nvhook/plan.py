@@ -78,7 +78,7 @@ def make(
     libraries = _libraries(request, driver)
     asked = set(request.capabilities)
     data = [item for found in extras for item in found.data]
-    edits = _proc(proc, chosen, [item for item in data if _is_proc(item)]) + _profile(asked, chosen)
+    edits = covers(request, chosen, proc, data)
     directories = [compat] if compat else []
     names = []
     for library in libraries:
@@ -118,6 +118,11 @@ def make(
         # What is in the image's directory only ldconfig can say.
         edits.append(Ldcache(tuple(directories), () if compat else tuple(names)))
     return edits
+
+
+def covers(request: Request, chosen: list[Gpu], proc: DriverProc | None, data: list[Data]) -> list[Edit]:
+    """What hides the host's other GPUs: below /proc, and from EGL."""
+    return _proc(proc, chosen, [item for item in data if _is_proc(item)]) + _profile(set(request.capabilities), chosen)
 
 
 def _proc(proc: DriverProc | None, chosen: list[Gpu], data: list[Data]) -> list[Edit]:

@@ -33,7 +33,7 @@ def choose(config: Config, asked: Request, host: Gpus, warnings: list[str], *, k
     must_identify = by_uuid and any("?" in gpu.uuid for gpu in host.gpus)
     report = _report(config, host, warnings, keep=keep) if must_identify else None
     if report:
-        host.gpus = _identified(host.gpus, report)
+        host.gpus = identified(host.gpus, report)
     chosen = hosts.select(asked.devices, host, mig.reporter(config, host, warnings, keep=keep))
     by_version = requirements.facts_of(host.driver_version)
     # On WSL 2 there is no NVML to ask, and the version is no number.
@@ -56,7 +56,7 @@ def _report(config: Config, host: Gpus, warnings: list[str], *, keep: bool) -> R
         return None
 
 
-def _identified(gpus: list[Gpu], report: Report) -> list[Gpu]:
+def identified(gpus: list[Gpu], report: Report) -> list[Gpu]:
     """With NVML's UUIDs in the place of those that have question marks."""
     uuids = {device.pci: device.uuid for device in report.devices}
     return [

@@ -132,3 +132,52 @@ def test_crun_without_cgroups(podman: Podman) -> None:
     """The container is in our own cgroup, which is not opened: what Podman may open, it may."""
     road = ("--runtime=crun", f"--hooks-dir={podman.hooks}")
     assert podman.run_by_crun(road, *ALL) == BOTH
+
+
+# A runtime that may not make nodes binds those of the machine's own /dev.
+_DEV = """
+mkdir "$1/dev"
+mount -t tmpfs -o mode=755 tmpfs "$1/dev"
+for name in null zero full random urandom tty; do cp -a "/dev/$name" "$1/dev"; done
+cp -a "$1"/host/dev/nvidia* "$1/dev"
+for name in /dev/*/; do mkdir "$1$name"; mount --rbind "$name" "$1$name"; done
+mount --rbind "$1/dev" /dev
+"""
+
+
+@pytest.fixture(scope="module")
+def by_cdi(podman: Podman) -> tuple[str, ...]:
+    """Without a runtime or hooks.d of ours: what is in the specification is all."""
+    podman.machine.here("sh", "-euc", _DEV, "-", str(podman.place))
+    program = str(podman.prefix / "bin/nvhook")
+    done = podman.here(program, "cdi", "generate", "--output", "/etc/cdi/nvidia.yaml")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert podman.here(program, "cdi", "check").stdout == "ok\n"
+    return ("--runtime=runc",)
+
+
+@USERS
+@pytest.mark.parametrize(
+    ("devices", "gpus"),
+    [
+        pytest.param(("all",), (0, 1), id="all"),
+        pytest.param(("1",), (1,), id="index"),
+        pytest.param((SECOND,), (1,), id="uuid"),
+        pytest.param(("0", "1"), (0, 1), id="both"),
+    ],
+)
+def test_cdi(
+    podman: Podman, by_cdi: tuple[str, ...], devices: tuple[str, ...], gpus: tuple[int, ...], user: int
+) -> None:
+    words = [f"--device=nvidia.com/gpu={device}" for device in devices]
+    assert podman.run(by_cdi, *words, user=user) == gpu_lines(HOST, *gpus)
+
+
+def test_cdi_in_a_user_namespace(podman: Podman, by_cdi: tuple[str, ...]) -> None:
+    maps = ("--uidmap=0:500000:65536", "--gidmap=0:500000:65536")
+    assert podman.run(by_cdi, "--device=nvidia.com/gpu=all", *maps) == BOTH
+
+
+def test_cdi_below_crun(podman: Podman, by_cdi: tuple[str, ...]) -> None:
+    assert by_cdi
+    assert podman.run_by_crun(("--runtime=crun",), "--device=nvidia.com/gpu=all") == BOTH

@@ -39,7 +39,7 @@ from nvhook import (
     spec,
 )
 from nvhook import config as configuration
-from nvhook.commands import configcheck, documents
+from nvhook.commands import cdifiles, configcheck, documents
 from nvhook.container import Layout
 from nvhook.errors import NvhookError
 from nvhook.gpus import Gpu, Gpus
@@ -503,7 +503,51 @@ def json_document(value: tuple[str, tuple[str, ...], object]) -> None:
     _edit(documents.Json, *value)
 
 
-_MAX_FILE = 1 << 15  # an engine's file, which its administrator wrote: tomlkit takes seconds for ten times that
+_MAX_FILE = 1 << 15  # a file that its administrator wrote: tomlkit takes seconds for ten times that
+
+
+_CDI_YAML = [
+    "cdiVersion: 0.5.0\nkind: a.b/c\ndevices:\n- name: '0'\n  containerEdits:\n    deviceNodes:\n"
+    "    - path: /dev/x\n      major: 1\n      permissions: rw\ncontainerEdits:\n  env: [A=B]\n  mounts:\n"
+    "  - {hostPath: /a, containerPath: /b, options: [ro]}\n",
+    "a: &a [1, 0x2, 1.5e3, 2001-01-01, !!binary x]\nb: *a\n<<: {c: ~}\n? [d]\n: |\n  text\n",
+]
+_CDI_JSON = [
+    '{"cdiVersion": "1.1.0", "kind": "a/b", "devices": [{"name": "x", "containerEdits": {"additionalGids": [1]}}]}'
+]
+_YAML_WORDS = [
+    *("- ", ": ", "&x ", "*x", "!!int ", "!!timestamp ", "<<: ", "=", "? ", "|\n ", "---\n", "...\n", "%TAG", "1:1:1"),
+    *(
+        "[" * 3000,
+        "- " * 3000,
+        "9" * 5000,
+        "0b",
+        "0x_",
+        "2001-99-99",
+        ".inf",
+        "name",
+        "type",
+        "'",
+        '"\\x1b"',
+        "\t",
+        "\ufeff",
+    ),
+]
+
+
+@_target(mutations.text(_CDI_YAML, _YAML_WORDS))
+def cdi_yaml(text: str) -> None:
+    _specification(text, "x.yaml")
+
+
+@_target(mutations.text(_CDI_JSON, [item.decode("latin-1") for item in _JSON_WORDS]))
+def cdi_json(text: str) -> None:
+    _specification(text, "x.json")
+
+
+def _specification(text: str, name: str) -> None:
+    with contextlib.suppress(cdifiles.Fault):
+        cdifiles.parse(text[:_MAX_FILE].encode("utf-8", "surrogateescape"), name)
 
 
 def _edit(kind: type[documents.Document], text: str, path: tuple[str, ...], value: object) -> None:

@@ -201,6 +201,22 @@ def save(files: list[File]) -> None:
             continue  # somebody else has put something there
 
 
+def write(path: str, text: str) -> None:
+    """A file of our own, for all to read, in the place of what is there; its directory is made. ConfigError."""
+    path = os.path.abspath(path)
+    try:
+        _make_directory(os.path.dirname(path))
+        beside = _stage(path, text, 0o644, None)
+        try:
+            os.rename(beside, path)
+        except OSError:
+            _remove(beside)
+            raise
+        _flush_directory(os.path.dirname(path))
+    except OSError as error:
+        raise ConfigError(f"write `{path}`: {reason(error)}", _hint(error)) from None
+
+
 def _read(path: str, name: str) -> str | None:
     """None where there is nothing."""
     try:

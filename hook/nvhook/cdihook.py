@@ -1,0 +1,156 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The stage `cdi` of the hook: what a CDI specification has no words for.
+
+The engine has mounted the driver's files and made the device nodes. What is missing are the links to those files, the
+linker cache, and the covers that hide the host's other GPUs; they are the same edits as prestart.py's, applied in the
+same way. Links and libraries are in the arguments, as `nvhook cdi generate` has written them; which GPUs the user chose
+is read from the nodes in config.json.
+
+It is called at createRuntime: at createContainer the state has the number of the process in the container's own pid
+namespace, where it cannot be told from another one.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+from . import audit, caps, compat, host, mig, plan, procfs, spec
+from . import config as configuration
+from . import container as containers
+from . import edits as editing
+from .edits import Ldcache, Symlink
+from .errors import DeviceError, NvhookError, SpecError
+from .gpus import Selection
+from .request import Request
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from .config import Config
+    from .container import Container
+    from .edits import Edit
+    from .gpus import Gpus
+    from .spec import Json
+
+_BITS = {"--library": 64, "--library32": 32}
+
+
+class Arguments:
+    """capabilities   those that the specification was made for
+    config         config.toml, if it is not the usual one
+    libraries      (directory, name, bits): what the linker cache shall list
+    links          (target, path): target relative to the directory of path
+    """
+
+    __slots__ = ("capabilities", "config", "libraries", "links")
+
+    def __init__(self) -> None:
+        self.capabilities: tuple[str, ...] = ()
+        self.config = ""
+        self.libraries: list[tuple[str, str, int]] = []
+        self.links: list[tuple[str, str]] = []
+
+
+def parse(words: list[str]) -> Arguments:
+    """SpecError for what this version does not know."""
+    found = Arguments()
+    rest = iter(words)
+    for word in rest:
+        value = next(rest, "")
+        directory, _, name = value.rpartition("/")
+        target, _, path = value.partition("::")
+        if word == "--capabilities":
+            found.capabilities = tuple(value.split(",")) if value else ()
+        elif word == "--config" and value:
+            found.config = value
+        elif word in _BITS and directory.startswith("/") and name:
+            found.libraries.append((directory, name, _BITS[word]))
+        elif word == "--link" and target and path.startswith("/"):
+            found.links.append((target, path))
+        else:
+            raise SpecError(
+                f"`{word} {value}` of the CDI specification's hook is not known to this version of nvhook",
+                "make it anew with `nvhook cdi generate`",
+            )
+    return found
+
+
+def run(words: list[str], default_config: str, warnings: list[str]) -> None:
+    """Complete the container on stdin, or leave it as it is and raise an NvhookError."""
+    arguments = parse(words)
+    config = configuration.load(arguments.config or default_config, must_exist=bool(arguments.config))
+    warnings += config.warnings
+    state = spec.read_state(sys.stdin.fileno())
+    document = spec.read_config(state.bundle)[0]
+    container = containers.find(state.pid, spec.parse(document, state.bundle).rootfs)
+    asked = Request((), arguments.capabilities, (), "CDI")
+    trail = audit.Audit(config, "nvidia-container-runtime-hook", state.id)
+    trail.expect(asked)
+    try:
+        gpus = host.read(config, asked, warnings, modprobe="")  # the engine could not have made their nodes
+        nodes = node_paths(document)
+        trail.chosen = chosen(nodes, config, asked, gpus)
+        edits = _edits(arguments, nodes, config, asked, gpus, trail.chosen, container, warnings)
+        _apply(edits, config, container)
+    except NvhookError as error:
+        trail.refuse(str(error))
+        raise
+    trail.grant()
+
+
+def node_paths(document: Json) -> set[str]:
+    """The device nodes in a config.json, by their paths in the container."""
+    linux = document.get("linux")
+    devices = linux.get("devices") if isinstance(linux, dict) else None
+    found = devices if isinstance(devices, list) else []
+    return {str(item.get("path")) for item in found if isinstance(item, dict)}
+
+
+def chosen(nodes: set[str], config: Config, asked: Request, gpus: Gpus) -> Selection:
+    """The GPUs and MIG devices that a container with these nodes can open."""
+    there = [gpu for gpu in gpus.gpus if f"/dev/nvidia{gpu.minor}" in nodes]
+    migs = []
+    for item in [item for item in mig.every(gpus) if item.gpu in there]:
+        rights = caps.find(config, asked, Selection([item.gpu], [item]), gpus).nodes
+        if rights and all(node.path in nodes for node in rights):
+            migs.append(item)
+    return Selection(there, migs)
+
+
+def _edits(
+    arguments: Arguments,
+    nodes: set[str],
+    config: Config,
+    asked: Request,
+    gpus: Gpus,
+    selected: Selection,
+    container: Container,
+    warnings: list[str],
+) -> list[Edit]:
+    data = caps.find(config, asked, selected, gpus).data
+    edits = plan.covers(asked, selected.gpus, procfs.read(config.proc_root), data)
+    edits += [Symlink(path, target) for target, path in arguments.links if _leads_somewhere(path, target, nodes)]
+    compatible = compat.find(config, asked, container.root, gpus.driver_version, selected.brands, warnings)
+    directories = [compatible] if compatible else []
+    directories += dict.fromkeys(directory for directory, _, _ in arguments.libraries)
+    if directories:
+        # What is in the image's directory only ldconfig can say.
+        edits.append(Ldcache(tuple(directories), () if compatible else tuple(arguments.libraries)))
+    return edits
+
+
+def _leads_somewhere(path: str, target: str, nodes: set[str]) -> bool:
+    """Of the links to device nodes the container gets those whose node it has."""
+    return not path.startswith("/dev/") or os.path.normpath(f"{os.path.dirname(path)}/{target}") in nodes
+
+
+def _apply(edits: list[Edit], config: Config, container: Container) -> None:
+    try:
+        for edit in edits:
+            edit.prepare(config)
+    except editing.SourceGone as gone:
+        raise DeviceError(f"`{gone}` disappeared while the container was prepared", "start it again") from None
+    for edit in edits:
+        edit.examine(container)
+    container.enter()
+    editing.apply(edits, container)

@@ -1,0 +1,271 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A CDI specification of this host, from the same plan as a container start.
+
+Per device are the nodes of its GPU; common are the driver's files, the nodes that every GPU needs, and our hook, which
+does what CDI has no words for (nvhook/cdihook.py). A library's place in the container is that of the host's own family:
+whose image it will be is not known, and the linker cache finds it there.
+
+Majors and minors are left to the engine, which looks at the node when it starts a container: those of nvidia-uvm and of
+MIG's nodes change from boot to boot. Owner and mode are recorded where they are not the usual ones.
+"""
+
+from __future__ import annotations
+
+import os
+
+from nvhook import caps, container, dri, host, inventory, kmods, mig, plan, selection, sockets
+from nvhook import gpus as hosts
+from nvhook.edits import Ldcache, Mount, Symlink
+from nvhook.errors import DriverError, RequestError, reason
+from nvhook.gpus import Selection
+from nvhook.linux.root import DIRECTORY, Root
+from nvhook.request import Request
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from typing import Any
+
+    from nvhook.config import Config
+    from nvhook.container import Layout
+    from nvhook.edits import Device, Edit
+    from nvhook.gpus import Gpus
+    from nvhook.mig import MigDevice
+
+    Json = dict[str, Any]
+
+HOOK = "nvidia-container-runtime-hook"
+VERSIONS = ("0.3.0", "0.4.0", "0.5.0", "0.6.0", "0.7.0", "0.8.0", "1.0.0", "1.1.0")
+
+# How devices are called, for each strategy: a GPU, and a MIG device.
+_GPU_NAMES: dict[str, Callable[[hosts.Gpu], str]] = {
+    "index": lambda gpu: f"{gpu.index}",
+    "uuid": lambda gpu: gpu.uuid,
+    "type-index": lambda gpu: f"gpu{gpu.index}",
+}
+_MIG_NAMES: dict[str, Callable[[MigDevice], str]] = {
+    "index": lambda item: f"{item.gpu.index}:{item.index}",
+    "uuid": lambda item: item.uuid,
+    "type-index": lambda item: f"mig{item.gpu.index}:{item.index}",
+}
+STRATEGIES = tuple(_GPU_NAMES)
+
+# The hook's environment: never nothing, because an empty list means to some runtimes that it inherits theirs.
+_HOOK_ENV = ["PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"]
+
+# For nvhook and NVIDIA's runtime, should the container come to one of them as well.
+_ENV = ["NVIDIA_VISIBLE_DEVICES=void"]
+
+
+class Wanted:
+    """kind         vendor and class, as in nvidia.com/gpu
+    strategies   those of STRATEGIES
+    version      of VERSIONS, or empty for the lowest that is enough
+    hook         absolute path of our hook's launcher; hook_config: the config.toml it is to read, or empty
+    """
+
+    __slots__ = ("capabilities", "hook", "hook_config", "kind", "strategies", "version")
+
+    def __init__(
+        self,
+        *,
+        kind: str,
+        capabilities: tuple[str, ...],
+        strategies: tuple[str, ...],
+        version: str,
+        hook: str,
+        hook_config: str,
+    ) -> None:
+        self.kind = kind
+        self.capabilities = capabilities
+        self.strategies = strategies
+        self.version = version
+        self.hook = hook
+        self.hook_config = hook_config
+
+
+def make(config: Config, wanted: Wanted, warnings: list[str]) -> Json:
+    """The specification, the same for the same host. As for a container start, kernel modules are loaded, missing nodes
+    of the host made, and the inventory kept: what is named here has to be there when an engine looks for it."""
+    asked = Request(("all",), wanted.capabilities, (), "CDI")
+    gpus = host.read(config, asked, warnings)
+    gpus.gpus = _identified(config, gpus, wanted, warnings)
+    everything = hosts.select(asked.devices, gpus, mig.reporter(config, gpus, warnings))
+    edits = _edits(config, asked, gpus, everything, warnings)
+    control = _nodes(config, asked, gpus, Selection([], []))
+    nodes = _nodes(config, asked, gpus, everything)
+    kmods.make_nodes(config, nodes, warnings)
+    shared = [] if len(control) == len(nodes) else control  # on WSL 2 one node is all there is, and no device is empty
+    document: Json = {
+        "cdiVersion": "",
+        "kind": wanted.kind,
+        "devices": [
+            {"name": name, "containerEdits": _node_edits(config, _nodes(config, asked, gpus, chosen), shared)}
+            for name, chosen in _devices(config, gpus, everything, wanted, warnings)
+        ],
+        "containerEdits": {
+            "env": _ENV,
+            **_node_edits(config, shared, []),
+            "mounts": [_mount(edit) for edit in edits if isinstance(edit, Mount)],
+            "hooks": [_hook(edits, wanted)],
+        },
+    }
+    document["cdiVersion"] = _version(document, wanted.version)
+    return document
+
+
+def _identified(config: Config, gpus: Gpus, wanted: Wanted, warnings: list[str]) -> list[hosts.Gpu]:
+    """A GPU that nothing has initialised has no UUID yet; NVML initialises it."""
+    if "uuid" not in wanted.strategies or not any("?" in gpu.uuid for gpu in gpus.gpus):
+        return gpus.gpus
+    return selection.identified(gpus.gpus, inventory.report(config, gpus, None, warnings))
+
+
+def _edits(config: Config, asked: Request, gpus: Gpus, everything: Selection, warnings: list[str]) -> list[Edit]:
+    """An inventory that names a file which has gone is made again, once."""
+    for again in (False, True):
+        edits = plan.make(
+            asked,
+            everything.gpus,
+            gpus,
+            inventory.load(config, gpus.driver_version, warnings, again=again),
+            _layout(config.driver_root),
+            dri_nodes=dri.find(config, asked, everything.gpus),
+            sockets=sockets.find(config.driver_root),
+        )
+        lost = [edit.source for edit in edits if isinstance(edit, Mount) and not os.path.exists(edit.source)]
+        if not lost:
+            return edits
+    raise DriverError(f"`{lost[0]}` disappeared while the specification was made", "reinstall the driver")
+
+
+def _layout(driver_root: str) -> Layout:
+    try:
+        root = Root(os.open(driver_root, DIRECTORY))
+    except OSError as error:
+        raise DriverError(f"open the driver root `{driver_root}`: {reason(error)}") from None
+    try:
+        return container.layout(root)
+    finally:
+        os.close(root.fd)
+
+
+def _nodes(config: Config, asked: Request, gpus: Gpus, chosen: Selection) -> list[Device]:
+    extras = [caps.find(config, asked, chosen, gpus)]
+    return plan.devices(asked, chosen.gpus, gpus, dri.find(config, asked, chosen.gpus), extras)
+
+
+def _devices(
+    config: Config, gpus: Gpus, everything: Selection, wanted: Wanted, warnings: list[str]
+) -> Iterator[tuple[str, Selection]]:
+    """By name. A GPU that is divided into MIG devices is of no use by itself, and has no name."""
+    for gpu in gpus.gpus:
+        if gpu.minor not in gpus.instances:
+            yield from ((name, Selection([gpu], [])) for name in _names(wanted, _GPU_NAMES, gpu))
+    if gpus.instances:
+        for item in mig.named(gpus, mig.reporter(config, gpus, warnings)):
+            yield from ((name, Selection([item.gpu], [item])) for name in _names(wanted, _MIG_NAMES, item))
+    yield "all", everything
+
+
+def _names(wanted: Wanted, names: dict[str, Callable[[Any], str]], thing: hosts.Gpu | MigDevice) -> list[str]:
+    return [names[strategy](thing) for strategy in STRATEGIES if strategy in wanted.strategies]
+
+
+def _node_edits(config: Config, nodes: list[Device], common: list[Device]) -> Json:
+    left_out = {node.path for node in common}
+    own = [node for node in nodes if node.path not in left_out]
+    groups = sorted({node.gid for node in own if node.needs_group()}) if not config.no_additional_gids else []
+    return {
+        **({"deviceNodes": [_node(node, config.dev_root) for node in own]} if own else {}),
+        **({"additionalGids": groups} if groups else {}),
+    }
+
+
+def _node(node: Device, dev_root: str) -> Json:
+    source = os.path.join(dev_root, node.path.lstrip("/"))
+    return {
+        "path": node.path,
+        **({"hostPath": source} if source != node.path else {}),
+        "permissions": node.access,
+        **({"fileMode": node.mode} if node.mode != 0o666 else {}),
+        **({"gid": node.gid} if node.gid else {}),
+    }
+
+
+def _mount(mount: Mount) -> Json:
+    # What is mounted elsewhere later on, here or there, is no business of the other side.
+    options = [*mount.options, "rbind", "rprivate"]
+    return {"hostPath": mount.source, "containerPath": mount.destination, "options": options}
+
+
+def _hook(edits: list[Edit], wanted: Wanted) -> Json:
+    words = [HOOK, "cdi", "--capabilities", ",".join(wanted.capabilities)]
+    if wanted.hook_config:
+        words += ["--config", wanted.hook_config]
+    for edit in edits:
+        if isinstance(edit, Symlink):
+            words += ["--link", f"{edit.target}::{edit.path}"]
+        elif isinstance(edit, Ldcache):
+            for directory, name, bits in edit.names:
+                words += ["--library" if bits == 64 else "--library32", f"{directory}/{name}"]
+    return {"hookName": "createRuntime", "path": wanted.hook, "args": words, "env": _HOOK_ENV}
+
+
+# Versions of CDI
+
+
+def _version(document: Json, wanted: str) -> str:
+    needed, what, remedy = needs(document)
+    if wanted and VERSIONS.index(wanted) < VERSIONS.index(needed):
+        raise RequestError(
+            f"CDI {wanted} has no {what}, which this specification needs", f"{remedy}, or --cdi-version {needed}"
+        )
+    return wanted or needed
+
+
+def needs(document: Json) -> tuple[str, str, str]:
+    """(the lowest version that has all that is in a valid specification, what of it is the newest, how to avoid it)."""
+    return max(_needed(document), key=lambda item: VERSIONS.index(item[0]))
+
+
+def _needed(document: Json) -> Iterator[tuple[str, str, str]]:
+    yield VERSIONS[0], "older form", "take it out"
+    if "." in document["kind"].partition("/")[2]:
+        yield "0.6.0", "class with a dot", "choose another --class"
+    devices = document["devices"]
+    if "annotations" in document or any("annotations" in device for device in devices):
+        yield "0.6.0", "`annotations`", "take them out"
+    for device in devices:
+        if device["name"][0].isdecimal():
+            yield "0.5.0", f"device name that begins with a digit (`{device['name']}`)", "--device-name-strategy uuid"
+    for edits in [document.get("containerEdits", {}), *(device["containerEdits"] for device in devices)]:
+        yield from _needed_by(edits)
+
+
+def _needed_by(edits: Json) -> Iterator[tuple[str, str, str]]:
+    nodes, mounts = edits.get("deviceNodes", []), edits.get("mounts", [])
+    if any("type" in mount for mount in mounts):
+        yield "0.4.0", "`type` of a mount", "take it out"
+    if any("hostPath" in node for node in nodes):
+        yield "0.5.0", "`hostPath` of a device node", "a `nvhook.dev-root` of `/`"
+    if "additionalGids" in edits:
+        remedy = "`features.no-additional-gids-for-device-nodes` in config.toml"
+        yield "0.7.0", "`additionalGids` for nodes that not everybody may use", remedy
+    if "intelRdt" in edits:
+        yield "0.7.0", "`intelRdt`", "take it out"
+    if "netDevices" in edits:
+        yield "1.1.0", "`netDevices`", "take it out"
+
+
+# Text
+
+
+def as_text(document: Json, format: str) -> str:  # noqa: A002 - its usual name
+    if format == "json":
+        import json
+
+        return json.dumps(document, indent=2) + "\n"
+    import yaml
+
+    return "---\n" + yaml.safe_dump(document, sort_keys=False, width=1 << 16)
