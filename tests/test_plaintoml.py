@@ -80,3 +80,18 @@ OTHER = {
 @pytest.mark.parametrize("text", OTHER.values(), ids=OTHER)
 def test_left_to_tomllib(text: str) -> None:
     assert plaintoml.parse(text) is None
+
+
+DEEP = ["a" + ".a" * 16_000 + " = 1", "[" + "a . " * 8_000 + "a]", "b = {" + '"a".' * 8_000 + "a = 1}"]
+
+
+@pytest.mark.parametrize("text", DEEP, ids=["bare", "header", "inline"])
+def test_key_of_thousands_of_dots(text: str) -> None:
+    """tomllib takes a gigabyte for the first."""
+    with pytest.raises(RecursionError):
+        plaintoml.parse_all(text)
+
+
+def test_value_with_many_dots() -> None:
+    text = "a = [\n" + '"registry.example.org/a.b",\n' * 500 + ']\nb = "' + "1." * 150 + '"\n'
+    assert plaintoml.parse_all(text)["b"] == "1." * 150

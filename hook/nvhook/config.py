@@ -8,7 +8,6 @@ nvhook does not honour, set to something that would matter, is named in `Config.
 from __future__ import annotations
 
 import os
-import sys
 
 from . import plaintoml
 from .errors import ConfigError, reason
@@ -166,14 +165,9 @@ def _parse(content: bytes, path: str) -> dict[str, object]:
     if plain is not None:
         return plain
     # 14 ms, and only for a file that is written in an unusual way, or not right.
-    if sys.version_info >= (3, 11):
-        import tomllib
-    else:
-        import tomli as tomllib
     try:
-        table: dict[str, object] = tomllib.loads(content.decode())
-        return table
-    except ValueError as error:  # not only tomllib's own: numbers of thousands of digits
+        return plaintoml.parse_all(content.decode())
+    except ValueError as error:
         raise ConfigError(f"parse `{path}`: {error}") from None
 
 

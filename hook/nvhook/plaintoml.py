@@ -7,8 +7,11 @@ wrongly, is left to it: this reader then answers None, and never guesses.
 
 from __future__ import annotations
 
+import sys
+
 _KEY = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_-")
 _OTHER = object()
+_MAX_DOTS = 200  # in one key; strings of more are not seen in configuration files
 
 
 def parse(text: str) -> dict[str, object] | None:
@@ -95,3 +98,20 @@ def _string(text: str) -> tuple[str | None, str]:
         return None, ""
     string, end, rest = text[1:].partition(quote)
     return (string, rest) if end and (quote == "'" or "\\" not in string) else (None, "")
+
+
+def parse_all(text: str) -> dict[str, object]:
+    """All of TOML, by tomllib. ValueError (not only its own: numbers of thousands of digits), or RecursionError.
+
+    A key of thousands of dots would cost it memory that grows with their square: 1 GB for 32 KiB.
+    """
+    import re
+
+    if sys.version_info >= (3, 11):
+        import tomllib
+    else:
+        import tomli as tomllib
+    if any(part.count(".") > _MAX_DOTS for part in re.split(r"[\n=,#\[\]{}]", text)):
+        raise RecursionError
+    table: dict[str, object] = tomllib.loads(text)
+    return table

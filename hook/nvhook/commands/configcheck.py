@@ -13,9 +13,8 @@ import json
 import os
 import re
 import stat
-import sys
 
-from nvhook import config
+from nvhook import config, plaintoml
 from nvhook.errors import one_line, reason
 
 from .documents import fault
@@ -114,15 +113,11 @@ def _remedy(error: OSError) -> str:
 
 
 def _parse(text: str) -> dict[str, Any]:
-    if sys.version_info >= (3, 11):
-        import tomllib
-    else:
-        import tomli as tomllib
     try:
-        table = tomllib.loads(text)
+        table = plaintoml.parse_all(text)
         config.flatten(table, "")  # dots nest deeper than brackets can
         return table
-    except ValueError as error:  # not only tomllib's own: Python refuses to convert thousands of digits
+    except ValueError as error:
         why, line, column = fault(error, text)
         raise _FileError(f"{why} at line {line}, column {column}; correct it", f":{line}") from None
     except RecursionError:

@@ -11,8 +11,8 @@ from __future__ import annotations
 import copy
 import json
 import re
-import sys
 
+from nvhook import plaintoml
 from nvhook.errors import ConfigError
 
 TYPE_CHECKING = False
@@ -110,15 +110,11 @@ def _key(key: str) -> str:
 
 class Toml(Document):
     def _parse(self, text: str) -> Table:
-        if sys.version_info >= (3, 11):
-            import tomllib
-        else:
-            import tomli as tomllib
         try:
-            table = tomllib.loads(text)
+            table = plaintoml.parse_all(text)
             copy.deepcopy(table)  # dots nest deeper than brackets can
             return table
-        except ValueError as error:  # not only tomllib's own: Python refuses to convert thousands of digits
+        except ValueError as error:
             raise self._refuse(*fault(error, text)) from None
         except RecursionError:
             raise self._refuse("too deeply nested", 1, 1) from None
