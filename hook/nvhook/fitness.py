@@ -266,21 +266,27 @@ def _missing(library: Library, image: _Image) -> list[str]:
 
 
 def _lacking(asked: Request, driver: Driver, image: _Image) -> list[Finding]:
-    """Each library of the image's, or version of glibc, that something in the plan lacks, and what that is."""
-    lacks: dict[str, list[str]] = {}
+    """What libraries in the plan lack in the image, one line for those that fail together."""
+    users: dict[str, list[str]] = {}
     for item in driver.libraries:
         if item.bits != 64 or not set(item.capabilities) & set(asked.capabilities):
             continue
-        needs = _missing(item, image)
+        lacks = _missing(item, image)
         if image.libc and item.glibc > image.libc[1]:
-            needs.append(f"glibc {_dotted(item.glibc)}")
-        for name in needs:
-            lacks.setdefault(name, []).append(item.soname or item.name)
+            lacks.append(f"glibc {_dotted(item.glibc)}")
+        for name in lacks:
+            users.setdefault(name, []).append(item.soname or item.name)
+    together: dict[tuple[str, ...], list[str]] = {}
+    for name, failing in users.items():
+        together.setdefault(tuple(failing), []).append(name)
     return [
-        Finding(f"{name} is not in the image; without it these cannot be loaded: {', '.join(users)}",
-                "install it in the image if its programs use them", is_grave=False)
-        for name, users in lacks.items()
-    ]  # fmt: skip
+        Finding(
+            f"{', '.join(failing)} cannot be loaded: the image has no {', '.join(names)}",
+            "install what holds it in the image if its programs use them",
+            is_grave=False,
+        )
+        for failing, names in together.items()
+    ]
 
 
 def _shadowing(names: list[str], image: _Image, compat: str) -> list[Finding]:
