@@ -8,11 +8,11 @@ import argparse
 import os
 import sys
 
-from .commands import configcheck, configure, plan
+from .commands import configcheck, configure, explain, plan
 from .errors import NvhookError
 from .version import VERSION
 
-_COMMANDS = (plan, configure, configcheck)  # in the order of --help
+_COMMANDS = (plan, explain, configure, configcheck)  # in the order of --help
 
 
 def main(arguments: list[str], default_config: str) -> int:
