@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,8 @@ from typing import Any
 import pytest
 
 import docpages
-from containers import TRIPLET, Bundle, any_cgroups, make_image
+from conftest import cannot
+from containers import REPOSITORY, TRIPLET, Bundle, any_cgroups, cgroups, make_image
 from nvhook import cli
 from nvhook import config as configuration
 from nvhook.commands import reasons
@@ -409,23 +411,27 @@ def test_fault(call: Callable[..., tuple[int, str, str]], words: list[str], mess
 
 @pytest.fixture
 def running(tmp_path: Path, simhost: Callable[[str], Path]) -> Iterator[Bundle]:
-    """A container on a copy of a simulated host, whose files a test may take away."""
     try:
-        through = any_cgroups()
+        bundle = _start(tmp_path, simhost("h200"), any_cgroups())
     except LookupError as missing:
-        pytest.skip(str(missing))
-    host = shutil.copytree(simhost("h200"), tmp_path / "host", symlinks=True, copy_function=shutil.copy2, ignore=_nodes)
-    shutil.copytree(simhost("h200") / "dev", host / "dev", copy_function=_copy_node)
-    text = (host / "config.toml").read_text().replace(str(simhost("h200")), str(host))
-    (host / "config.toml").write_text(text)
+        cannot(str(missing))
+    yield bundle
+    bundle.delete()
+
+
+def _start(tmp_path: Path, original: Path, through: tuple[str, ...], more: str = "") -> Bundle:
+    """A container that runs, on a copy of a simulated host, whose files a test may take away."""
+    host = shutil.copytree(original, tmp_path / "host", symlinks=True, ignore=_nodes)
+    shutil.copytree(original / "dev", host / "dev", copy_function=_copy_node)
+    text = (host / "config.toml").read_text().replace(str(original), str(host))
+    (host / "config.toml").write_text(text.replace("load-kmods = false", f"load-kmods = false\n{more}"))
     image = make_image("debian", tmp_path / "image")
     bundle = Bundle(tmp_path / "bundle", image).write(["/bin/sleep", "300"], {"NVIDIA_VISIBLE_DEVICES": "0"})
     bundle.through = through
     words = ("run", "--detach", "--bundle", str(bundle.directory), bundle.id)
     done = bundle.call(host / "config.toml", *words, output=tmp_path / "output")
     assert done.returncode == 0, (tmp_path / "output").read_text()
-    yield bundle
-    bundle.delete()
+    return bundle
 
 
 def _nodes(_: str, names: list[str]) -> list[str]:
@@ -452,9 +458,57 @@ def test_running_container_has_all_of_its_plan(
     assert document["additional"] == []
     assert document["container"]["bundle"] == str(running.directory)
     details = {row["path"]: row["detail"] for row in document["plan"] if row["kind"] == "device"}
-    assert details["/dev/nvidia0"] in ("allowed", "allowed by config.json")
+    assert set(details.values()) == {"allowed"}
     _, out, _ = call("", running.id[:-1], config=tmp_path / "host/config.toml")
     assert out.startswith(f"Container {running.id} (runc), running as process ")
+
+
+@pytest.mark.root
+@pytest.mark.parametrize("version", [1, 2])
+@pytest.mark.parametrize(("more", "detail"), [("", "allowed"), ("no-cgroups = true", "the device cgroup refuses `rw`")])
+def test_device_cgroup(tmp_path: Path, simhost: Callable[[str], Path], version: int, more: str, detail: str) -> None:
+    """Read where it is, in the namespace that has it mounted."""
+    try:
+        through = cgroups(version)
+    except LookupError as missing:
+        pytest.skip(str(missing))  # there is one of the two on every machine
+    bundle = _start(tmp_path, simhost("h200"), through, more)
+    try:
+        env = {
+            "PATH": os.environ["PATH"],
+            "NVHOOK_CONFIG": f"{tmp_path}/host/config.toml",
+            "DOCKER_HOST": "unix:///nowhere",
+        }
+        command = [*through, f"{REPOSITORY}/scripts/nvhook", "explain", "--json", bundle.id]
+        done = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
+    finally:
+        bundle.delete()
+    rows = [row for row in json.loads(done.stdout)["plan"] if row["kind"] == "device"]
+    assert {row["detail"] for row in rows} == {detail}
+    assert {row["state"] for row in rows} == {"differs" if more else "present"}
+
+
+@pytest.mark.root
+def test_container_that_nvhook_was_not_asked_for(tmp_path: Path, call: Callable[..., tuple[int, str, str]]) -> None:
+    """With runc alone."""
+    bundle = Bundle(tmp_path / "bundle", make_image("debian", tmp_path / "image"))
+    bundle.write(["/bin/sleep", "300"], {"NVIDIA_VISIBLE_DEVICES": "0"})
+    try:
+        bundle.through = any_cgroups()
+    except LookupError as missing:
+        cannot(str(missing))
+    words = ("run", "--detach", "--bundle", str(bundle.directory), bundle.id)
+    try:
+        done = bundle.call(None, *words, wrapper=Path(shutil.which("runc") or ""), output=tmp_path / "output")
+        assert done.returncode == 0
+        document = _json(call("h200", "--json", bundle.id))
+    finally:
+        bundle.delete()
+    assert document["notes"] == [
+        "its config.json has no hook of nvhook's, which was not asked when it started; "
+        "start it with --runtime=nvidia or --gpus"
+    ]
+    assert set(_states(document).values()) == {"missing", "differs"}  # the linker cache is the image's own
 
 
 @pytest.mark.root

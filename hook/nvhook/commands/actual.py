@@ -7,12 +7,13 @@ there at any time, so an answer is of the moment, and a name in it may be theirs
 
 from __future__ import annotations
 
+import contextlib
 import os
 import stat
 
 from nvhook.edits import Device, Edit, File, Ldcache, Mount, Symlink, Tmpfs
 from nvhook.errors import ContainerError, reason
-from nvhook.linux import cgroups, ldcache, mountinfo
+from nvhook.linux import cgroups, devprog, ldcache, mountinfo
 from nvhook.linux.root import DIRECTORY, Root
 
 TYPE_CHECKING = False
@@ -68,7 +69,10 @@ class Container:
         except OSError as error:
             raise ContainerError(f"look into process {pid} of the container: {reason(error)}", "run as root") from None
         self._seen: set[int] = set()
-        self._devices = self._devices_list()
+        self._devices: str | None = None  # devices.list of version 1
+        self._programs: list[bytes] | None = None  # of version 2; None where neither can be read
+        with contextlib.suppress(OSError, ValueError):
+            self._read_cgroup()
 
     def state(self, edit: Edit) -> State:
         try:
@@ -145,13 +149,30 @@ class Container:
         return self._access(edit)
 
     def _access(self, edit: Device) -> State:
-        """By the cgroup where that can be read (version 1); else by the rules in the container's config.json."""
-        if self._devices is not None:
-            left = cgroups.uncovered(self._devices, cgroups.Rule("c", edit.major, edit.minor, edit.access))
-            return State("differs", f"the device cgroup refuses `{left}`") if left else State("present", "allowed")
+        """By the cgroup where that can be read, else by the rules in the container's config.json."""
+        try:
+            refused = self._refused(edit)
+        except ValueError as error:
+            return State("present", f"the device cgroup cannot be read: {error}")
+        if refused is not None:
+            return (
+                State("differs", f"the device cgroup refuses `{refused}`") if refused else State("present", "allowed")
+            )
         if self._described.allows(edit.major, edit.minor):
             return State("present", "allowed by config.json")
         return State("present", "no rule in config.json; the hook may have opened the cgroup itself")
+
+    def _refused(self, edit: Device) -> str | None:
+        """The letters that the cgroup does not allow; None where it cannot be read."""
+        if self._devices is not None:
+            return cgroups.uncovered(self._devices, cgroups.Rule("c", edit.major, edit.minor, edit.access))
+        if self._programs is None:
+            return None
+        return "".join(
+            letter
+            for letter in edit.access
+            if not all(devprog.allows(item, "c", edit.major, edit.minor, letter) for item in self._programs)
+        )
 
     def _cache(self, edit: Ldcache) -> State:
         if not edit.names:
@@ -164,19 +185,22 @@ class Container:
         lacking = [name for directory, name, _ in edit.names if f"{directory}/{name}" not in paths]
         return State("differs", f"without {', '.join(lacking)}") if lacking else State("present")
 
-    def _devices_list(self) -> str | None:
-        """The text of devices.list, or None where the cgroup is of version 2 or out of reach."""
-        try:
-            with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as file:
-                ours = file.read()
-            v1 = bool(cgroups.mounted_at(ours, 1, "/"))
-            version, path = cgroups.devices_cgroup(self._cgroup, v1=v1)
-            for _, directory in cgroups.mounted_at(ours, version, path) if version == 1 else ():
+    def _read_cgroup(self) -> None:
+        """OSError or ValueError where it is out of reach."""
+        with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as file:
+            ours = file.read()
+        version, path = cgroups.devices_cgroup(self._cgroup, v1=bool(cgroups.mounted_at(ours, 1, "/")))
+        for _, directory in cgroups.mounted_at(ours, version, path):
+            if version == 1:
                 with open(f"{directory}/devices.list", encoding="ascii") as file:
-                    return file.read()
-        except (OSError, ValueError):
-            return None
-        return None
+                    self._devices = file.read()
+                return
+            fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+            try:
+                self._programs = cgroups.programs(fd)
+            finally:
+                os.close(fd)
+            return
 
     def extras(self, planned: list[Edit], version: str) -> list[Extra]:
         """Mounts and nodes of the driver's kind that are not in the plan; `state` was asked for all of it before."""

@@ -10,6 +10,8 @@ from nvhook import spec
 
 from . import actual, dockerapi, dockerline, locate
 
+# Under these names dockerd, Podman and the wrapper put it there.
+_HOOKS = ("nvidia-container-runtime-hook", "nvidia-container-toolkit")
 _UNKNOWN = "image or command line"
 
 
@@ -45,7 +47,13 @@ def of_container(name: str, empty: str) -> Subject:
     subject = Subject(found.described)
     subject.container = found.describe()
     if found.bundle:
-        subject.arguments = _arguments(spec.read_config(found.bundle)[0])
+        document = spec.read_config(found.bundle)[0]
+        subject.arguments = _arguments(document)
+        if found.pid and not _has_hook(document):
+            subject.notes.append(
+                "its config.json has no hook of nvhook's, which was not asked when it started; "
+                "start it with --runtime=nvidia or --gpus"
+            )
     if found.image is not None:
         for variable, value in found.described.env.items():
             is_of_image = found.image.get(variable) == value
@@ -138,6 +146,13 @@ def _without_files(subject: Subject, empty: str, why: str) -> None:
     subject.described.rootfs = empty
     subject.is_whole = False
     subject.notes.append(f"the image's files are not looked at, and paths are those of an empty one: {why}")
+
+
+def _has_hook(document: spec.Json) -> bool:
+    hooks = document.get("hooks")
+    stages = hooks.values() if isinstance(hooks, dict) else []
+    listed = [hook for stage in stages if isinstance(stage, list) for hook in stage if isinstance(hook, dict)]
+    return any(os.path.basename(str(hook.get("path"))) in _HOOKS for hook in listed)
 
 
 def _arguments(document: spec.Json) -> list[str]:
