@@ -394,6 +394,7 @@ def test_line_with_a_cdi_device(call: Callable[..., tuple[int, str, str]]) -> No
     [
         pytest.param([], "spec error: name one container: ", id="none"),
         pytest.param(["--bundle", "/x", "web"], "spec error: name one container: ", id="two"),
+        pytest.param(["--bundle", "/x", "--rootfs", "/y"], "spec error: --rootfs goes with a `docker", id="rootfs"),
         pytest.param(["--", "kubectl", "run"], "spec error: `kubectl run` is not understood", id="no-docker"),
         pytest.param(["--bundle", "/nowhere"], "spec error: read `/nowhere/config.json`: no such file", id="no-bundle"),
         pytest.param(["nobody-calls-it-so"], "container error: no container `nobody-calls-it-so`", id="no-container"),

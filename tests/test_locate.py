@@ -227,6 +227,11 @@ def _as_nobody(do: Callable[[], object]) -> str:
 
 
 @pytest.mark.root
+def test_user_who_may_not_look() -> None:
+    assert "; run nvhook as root: " in _as_nobody(lambda: locate.find("web", run="/nowhere"))
+
+
+@pytest.mark.root
 def test_socket_that_is_not_ours(socket_path: Path) -> None:
     with engine(socket_path, ANSWERS):
         socket_path.chmod(0o600)

@@ -133,7 +133,9 @@ class _Image:
         self.root = root
         self.layout = layout
         # What is relative, or empty, is where a program runs, and nobody knows where that is.
-        self.searched = [path for path in library_path.split(":")[:_MAX_SEARCHED] if path.startswith("/")]
+        self.searched = [
+            path for path in library_path.split(":", _MAX_SEARCHED)[:_MAX_SEARCHED] if path.startswith("/")
+        ]
         self._open: dict[str, int] = {}
         self._cache: bytes | None = None
         self.libc = self._find_libc()

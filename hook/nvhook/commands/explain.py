@@ -86,6 +86,8 @@ def _subject(options: argparse.Namespace, empty: str) -> Subject:
     given = bool(options.bundle) + bool(words)
     if given != 1:
         raise SpecError("name one container: CONTAINER, --bundle DIR, or -- docker run …", "see nvhook explain --help")
+    if options.rootfs and len(words) < 2:
+        raise SpecError("--rootfs goes with a `docker run` line; others bring their own", "leave it out")
     if options.bundle:
         return subjects.of_bundle(options.bundle)
     if len(words) == 1:

@@ -86,10 +86,7 @@ def find(name: str, *, run: str = "/run") -> Found:
             found = _by_id(str(podman.get("Id")), states) or Found(str(podman.get("Id")))
         found = found or _by_beginning(name, states)
     if found is None:
-        raise refused or ContainerError(
-            f"no container `{name}`: neither Docker nor Podman knows it, nor runc or crun below `{run}`",
-            "see `docker ps`, `podman ps` or `ctr -n NAMESPACE containers ls` for their names",
-        )
+        raise refused or _unknown(name, run)
     if found.bundle:
         found.described = spec.parse(spec.read_config(found.bundle)[0], found.bundle)
         if not docker and found.described.annotations.get("io.container.manager") == "libpod":
@@ -99,6 +96,14 @@ def find(name: str, *, run: str = "/run") -> Found:
     if found.described is None:
         raise ContainerError(f"container `{name}` does not run, and there is no bundle of it", "start it first")
     return found
+
+
+def _unknown(name: str, run: str) -> ContainerError:
+    hint = "see `docker ps`, `podman ps` or `ctr -n NAMESPACE containers ls` for their names"
+    if os.geteuid() != 0:
+        hint = "run nvhook as root: what runtimes keep there is not for others to see"
+    what = f"no container `{name}`: neither Docker nor Podman knows it, nor runc or crun below `{run}`"
+    return ContainerError(what, hint)
 
 
 def _states(run: str) -> dict[str, str]:
