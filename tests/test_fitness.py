@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import platform
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from nvhook import config as configuration
 from nvhook import container, fitness, inventory
 from nvhook.driver import Driver, Library
 from nvhook.errors import ContainerError
+from nvhook.linux import kernel
 from nvhook.linux.root import DIRECTORY, Root
 from nvhook.request import Request
 from simhost import elfwriter
@@ -274,6 +276,7 @@ def test_thorough_names_what_each_library_lacks(tmp_path: Path) -> None:
         pytest.param(f"/lib/{TRIPLET}:/opt/cuda", False, id="behind-ours-by-a-link"),
         pytest.param("/opt", False, id="another-directory"),
         pytest.param(":opt/cuda:./opt/cuda", False, id="relative"),
+        pytest.param("/opt/dangling", False, id="link-that-leads-nowhere"),
         pytest.param("/opt/\0", False, id="nul"),
         pytest.param("/opt/" + "x" * 300, False, id="too-long"),
     ],
@@ -283,6 +286,8 @@ def test_library_path(tmp_path: Path, path: str, is_found: bool) -> None:
     (image / "lib").symlink_to("usr/lib")
     _write(image / OURS / "libcuda.so.1")  # an older one of the image's own, whose place the driver's takes
     _write(image / "opt/cuda/libcuda.so.1")
+    (image / "opt/dangling").mkdir()
+    (image / "opt/dangling/libcuda.so.1").symlink_to("libcuda.so.1.1")
     found = _examine(image, library_path=path)
     assert bool(found) == is_found
     if found:
@@ -291,6 +296,17 @@ def test_library_path(tmp_path: Path, path: str, is_found: bool) -> None:
             f"`{place}/libcuda.so.1` of the image is found before the driver's: LD_LIBRARY_PATH leads there; "
             f"take `{place}` out of LD_LIBRARY_PATH, or the library out of the image"
         ]
+
+
+@pytest.mark.parametrize("is_same", [True, False])
+def test_volume_with_the_drivers_own_library(tmp_path: Path, is_same: bool) -> None:
+    """A hard link stands for what is mounted there."""
+    image = _image(tmp_path / "image")
+    host = _write(tmp_path / "host/libcuda.so.9.1", b"x")
+    _write(image / "usr/local/nvidia/lib64/other")
+    os.link(host if is_same else image / "usr/local/nvidia/lib64/other", image / "usr/local/nvidia/lib64/libcuda.so.1")
+    driver = [Library(str(host), "libcuda.so.1", 64, (), ("compute",))]
+    assert len(_examine(image, driver=driver, library_path="/usr/local/nvidia/lib64")) == (not is_same)
 
 
 @pytest.mark.parametrize(("compat", "count"), [("/usr/local/cuda-12.4/compat", 0), ("", 1)], ids=["used", "not-used"])
@@ -344,6 +360,17 @@ def test_odd_c_library(tmp_path: Path, kind: str) -> None:
     else:
         libc.write_bytes(content[:100])
     assert _examine(image, driver=[_library("libcuda.so.1", "compute", glibc="9.9")]) == []
+
+
+def test_kernel_without_openat2(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(*_: object, **__: object) -> int:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(kernel, "openat2", missing)
+    _write(_image(tmp_path, glibc="2.20") / "opt/libcuda.so.1")
+    driver = [_library("libcuda.so.1", "compute", glibc="2.21")]
+    found = _examine(tmp_path, driver=driver, library_path="/nul\0:/opt")
+    assert [line.partition(" ")[0] for line in found] == ["`compute`:", "`/opt/libcuda.so.1`"]
 
 
 def test_no_descriptor_is_left_open(tmp_path: Path) -> None:

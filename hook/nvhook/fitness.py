@@ -10,18 +10,17 @@ programs begin with can be loaded. A false alarm is worse than silence, so whoev
 from __future__ import annotations
 
 import os
-import stat
 
 from . import audit
 from .errors import ContainerError, one_line
-from .linux import symver
-from .linux.root import DIRECTORY, Root
+from .image import Image
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from .config import Config
     from .container import Layout
     from .driver import Driver, Library
+    from .linux.root import Root
     from .request import Request
 
 # Capability -> what programs load first, of which one that works is enough.
@@ -34,13 +33,12 @@ _FIRST = {
     "video": ("libnvcuvid.so.1", "libnvidia-encode.so.1"),
 }
 
-# e_machine, the dynamic linker of glibc, and the name that musl and Debian call the machine by.
-_MACHINE, _LOADER = {
-    "x86_64": (62, "/lib64/ld-linux-x86-64.so.2"),
-    "aarch64": (183, "/lib/ld-linux-aarch64.so.1"),
-    "ppc64le": (21, "/lib64/ld64.so.2"),
-}.get(os.uname().machine, (0, ""))
-_TRIPLET = f"{os.uname().machine}-linux-gnu"
+# The dynamic linkers of glibc and of musl, by the names that a machine has there.
+_LOADER = {
+    "x86_64": "/lib64/ld-linux-x86-64.so.2",
+    "aarch64": "/lib/ld-linux-aarch64.so.1",
+    "ppc64le": "/lib64/ld64.so.2",
+}.get(os.uname().machine, "")
 _MUSL = f"/lib/ld-musl-{os.uname().machine}.so.1"
 _OTHER_LOADERS = (
     ("/lib/ld-linux.so.2", "32-bit x86"),
@@ -54,19 +52,7 @@ _OTHER_LOADERS = (
     ("/lib/ld-musl-armhf.so.1", "32-bit ARM"),
 )
 
-_LIBC = "libc.so.6"
-_DIRECTORIES = (
-    f"/lib/{_TRIPLET}",
-    f"/usr/lib/{_TRIPLET}",
-    "/lib64",
-    "/usr/lib64",
-    "/lib",
-    "/usr/lib",
-    "/usr/local/lib",
-)
-_CACHE, _MAX_CACHE = "/etc/ld.so.cache", 4 << 20
 _PRELOAD, _MAX_PRELOAD = "/etc/ld.so.preload", 4096
-_MAX_SEARCHED = 64  # directories of LD_LIBRARY_PATH
 
 
 class Finding:
@@ -108,96 +94,17 @@ def examine(
     first = _first(asked, driver)
     if not first:
         return []
-    image = _Image(root, layout, asked.library_path)
+    image = Image(root, layout, asked.library_path)
     try:
         findings = _of_another_kind(asked, image)
         if not findings and image.libc:
             findings = _unusable(first, driver, image)
             if thorough:
                 findings += _lacking(asked, driver, image)
-        names = dict.fromkeys(item.soname for libraries in first.values() for item in libraries)
-        return findings + _shadowing(list(names), image, compat) + _preloaded(list(names), image, thorough=thorough)
+        paths = {item.soname: item.path for libraries in first.values() for item in libraries}
+        return findings + _shadowing(paths, image, compat) + _preloaded(paths, image, thorough=thorough)
     finally:
         image.close()
-
-
-class _Image:
-    """What the dynamic linker of the image finds, by name. Directories are opened when they are first looked into.
-
-    libc    the place of its C library and the version that this defines, such as (2, 36); None: none that is known
-    """
-
-    __slots__ = ("_cache", "_open", "layout", "libc", "root", "searched")
-
-    def __init__(self, root: Root, layout: Layout, library_path: str) -> None:
-        self.root = root
-        self.layout = layout
-        # What is relative, or empty, is where a program runs, and nobody knows where that is.
-        self.searched = [
-            path for path in library_path.split(":", _MAX_SEARCHED)[:_MAX_SEARCHED] if path.startswith("/")
-        ]
-        self._open: dict[str, int] = {}
-        self._cache: bytes | None = None
-        self.libc = self._find_libc()
-
-    def close(self) -> None:
-        for fd in self._open.values():
-            if fd >= 0:
-                os.close(fd)
-
-    def directory(self, path: str) -> int:
-        """A descriptor that stays ours, or -1."""
-        if path not in self._open:
-            try:
-                self._open[path] = self.root.open(path, DIRECTORY)
-            except OSError:
-                self._open[path] = -1
-        return self._open[path]
-
-    def holds(self, directory: str, name: str) -> bool:
-        """Whether it has a file or a link of that name; where a link leads is not followed."""
-        fd = self.directory(directory)
-        try:
-            return fd >= 0 and not stat.S_ISDIR(os.stat(name, dir_fd=fd, follow_symlinks=False).st_mode)
-        except (OSError, ValueError):
-            return False
-
-    def has(self, name: str) -> bool:
-        """Whether the linker would find it: first where the C library is, last in the linker cache."""
-        places = dict.fromkeys((self.layout.libraries, *_DIRECTORIES, *self.searched))
-        return any(self.holds(place, name) for place in places) or b"\0%b\0" % name.encode() in self._names()
-
-    def _names(self) -> bytes:
-        """The linker cache, where a name may be the end of a path as well."""
-        if self._cache is None:
-            try:
-                self._cache = self.root.read(_CACHE, _MAX_CACHE).replace(b"/", b"\0")
-            except OSError:
-                self._cache = b""
-        return self._cache
-
-    def _find_libc(self) -> tuple[str, tuple[int, ...]] | None:
-        for directory in dict.fromkeys((self.layout.libraries, *_DIRECTORIES[:-1])):
-            if self.holds(directory, _LIBC):
-                path = f"{directory}/{_LIBC}"
-                version = self._glibc(path)
-                return (path, version) if version else None
-        return None
-
-    def _glibc(self, path: str) -> tuple[int, ...]:
-        try:
-            fd = self.root.open_file(path)
-        except OSError:
-            return ()
-        try:
-            versions = symver.read(fd)
-            if versions is None or versions.machine != _MACHINE:
-                return ()
-            return symver.newest(versions.defined(), "GLIBC_")
-        except (OSError, ValueError):
-            return ()
-        finally:
-            os.close(fd)
 
 
 def _first(asked: Request, driver: Driver) -> dict[str, list[Library]]:
@@ -211,7 +118,7 @@ def _first(asked: Request, driver: Driver) -> dict[str, list[Library]]:
     return found
 
 
-def _of_another_kind(asked: Request, image: _Image) -> list[Finding]:
+def _of_another_kind(asked: Request, image: Image) -> list[Finding]:
     """An image for another machine, or with another C library. One without any has static programs, and is let be."""
     if image.libc or image.root.exists(_LOADER):
         return []
@@ -225,7 +132,7 @@ def _of_another_kind(asked: Request, image: _Image) -> list[Finding]:
     return []
 
 
-def _unusable(first: dict[str, list[Library]], driver: Driver, image: _Image) -> list[Finding]:
+def _unusable(first: dict[str, list[Library]], driver: Driver, image: Image) -> list[Finding]:
     """Capabilities of which nothing can be loaded, one line for each reason."""
     by_name = {item.soname or item.name: item for item in driver.libraries if item.bits == 64}
     capabilities: dict[tuple[str, str], list[str]] = {}
@@ -236,7 +143,7 @@ def _unusable(first: dict[str, list[Library]], driver: Driver, image: _Image) ->
     return [Finding(f"`{', '.join(names)}`: {what}", hint) for (what, hint), names in capabilities.items()]
 
 
-def _fault(library: Library, by_name: dict[str, Library], image: _Image) -> tuple[str, str]:
+def _fault(library: Library, by_name: dict[str, Library], image: Image) -> tuple[str, str]:
     """Why it, or one that it needs, cannot be loaded, and the remedy; two empty texts if it can."""
     todo, seen = [library], {library.path}
     while todo:
@@ -250,7 +157,7 @@ def _fault(library: Library, by_name: dict[str, Library], image: _Image) -> tupl
     return "", ""
 
 
-def _own_fault(library: Library, image: _Image) -> tuple[str, str]:
+def _own_fault(library: Library, image: Image) -> tuple[str, str]:
     name = library.soname or library.name
     if image.libc and library.glibc > image.libc[1]:
         path, version = image.libc
@@ -262,12 +169,12 @@ def _own_fault(library: Library, image: _Image) -> tuple[str, str]:
     return "", ""
 
 
-def _missing(library: Library, image: _Image) -> list[str]:
+def _missing(library: Library, image: Image) -> list[str]:
     # The dynamic linker has found itself already, whatever its name is in the image.
     return [name for name in library.foreign if not name.startswith("ld-") and not image.has(name)]
 
 
-def _lacking(asked: Request, driver: Driver, image: _Image) -> list[Finding]:
+def _lacking(asked: Request, driver: Driver, image: Image) -> list[Finding]:
     """What libraries in the plan lack in the image, one line for those that fail together."""
     users: dict[str, list[str]] = {}
     for item in driver.libraries:
@@ -291,11 +198,12 @@ def _lacking(asked: Request, driver: Driver, image: _Image) -> list[Finding]:
     ]
 
 
-def _shadowing(names: list[str], image: _Image, compat: str) -> list[Finding]:
-    """Libraries of the image that come before the driver's, by LD_LIBRARY_PATH."""
+def _shadowing(paths: dict[str, str], image: Image, compat: str) -> list[Finding]:
+    """Libraries of the image that LD_LIBRARY_PATH has found first. `paths`: SONAME -> the driver's file."""
     for path in image.searched:
         fd = image.directory(path)
-        found = [name for name in names if fd >= 0 and image.holds(path, name)]
+        found = [name for name in paths if fd >= 0 and image.holds(path, name)]
+        found = [name for name in found if _is_another(image, f"{path}/{name}", paths[name])]
         if not found:
             continue
         if _is_at(image, fd, image.layout.libraries):
@@ -306,23 +214,37 @@ def _shadowing(names: list[str], image: _Image, compat: str) -> list[Finding]:
     return []
 
 
-def _is_at(image: _Image, fd: int, directory: str) -> bool:
+def _is_another(image: Image, path: str, driver: str) -> bool:
+    """Whether there is a file, and not the driver's own: a volume brings that with Kubernetes' device plugins."""
+    try:
+        fd = image.root.open(path)
+    except OSError:
+        return False  # a link that leads nowhere is passed over by the linker too
+    try:
+        return not os.path.samestat(os.fstat(fd), os.stat(driver))
+    except OSError:
+        return True
+    finally:
+        os.close(fd)
+
+
+def _is_at(image: Image, fd: int, directory: str) -> bool:
     other = image.directory(directory)
     return other >= 0 and os.path.samestat(os.fstat(fd), os.fstat(other))
 
 
-def _preloaded(names: list[str], image: _Image, *, thorough: bool) -> list[Finding]:
+def _preloaded(paths: dict[str, str], image: Image, *, thorough: bool) -> list[Finding]:
     try:
         text = image.root.read(_PRELOAD, _MAX_PRELOAD).decode("utf-8", "backslashreplace")
     except OSError:
         return []
-    paths = [path for line in text.split("\n") for path in line.partition("#")[0].replace(":", " ").split()]
-    ours = [path for path in paths if path.rpartition("/")[2] in names]
+    named = [path for line in text.split("\n") for path in line.partition("#")[0].replace(":", " ").split()]
+    ours = [path for path in named if path.rpartition("/")[2] in paths]
     if ours:
         what = f"`{ours[0]}`, which `{_PRELOAD}` of the image names, is loaded before the driver's library of that name"
         return [Finding(what, f"take it out of `{_PRELOAD}`")]
-    if thorough and paths:
-        what = f"`{_PRELOAD}` of the image has {', '.join(paths)} loaded into every program before the driver's"
+    if thorough and named:
+        what = f"`{_PRELOAD}` of the image has {', '.join(named)} loaded into every program before the driver's"
         return [Finding(what, "take it out if the driver's functions fail in odd ways", is_grave=False)]
     return []
 
