@@ -36,6 +36,7 @@ DEFAULTS: dict[str, Any] = {
     "proc_root": "/",
     "runtimes": ("runc", "crun"),
     "state_dir": "/run/nvhook",
+    "strict": False,
     "supported_capabilities": ALL,
     "swarm_resources": (),
     "user": "",
@@ -193,6 +194,7 @@ def test_load_file_without_end(tmp_path: Path) -> None:
         pytest.param("nvhook.dev-root = '/d'", "dev_root", "/d", id="dev-root"),
         pytest.param("nvhook.proc-root = '/p'", "proc_root", "/p", id="proc-root"),
         pytest.param("nvhook.state-dir = '/s'", "state_dir", "/s", id="state-dir"),
+        pytest.param("nvhook.strict = true", "strict", True, id="strict"),
         pytest.param("nvidia-container-runtime.mode = 'legacy'", "warnings", [], id="mode-legacy"),
     ],
 )
@@ -210,6 +212,7 @@ BOOLEANS = (
     "features.disable-imex-channel-creation",
     "features.ignore-imex-channel-requests",
     "features.no-additional-gids-for-device-nodes",
+    "nvhook.strict",
 )
 STRINGS = (
     "swarm-resource",

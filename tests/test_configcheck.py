@@ -61,7 +61,7 @@ DOCUMENTED: dict[str, object] = {
     "features.ignore-imex-channel-requests": False,
     "features.no-additional-gids-for-device-nodes": False,
 }
-OURS = {"nvhook.dev-root": "/", "nvhook.proc-root": "/", "nvhook.state-dir": "/run/nvhook"}
+OURS = {"nvhook.dev-root": "/", "nvhook.proc-root": "/", "nvhook.state-dir": "/run/nvhook", "nvhook.strict": False}
 
 
 # The schema

@@ -109,7 +109,10 @@ def _names(found: Driver) -> list[str]:
 
 def _record(found: Driver) -> Any:
     libraries = [
-        (item.path, item.name, item.soname, item.bits, item.needed, item.capabilities, item.directory)
+        (
+            *(item.path, item.name, item.soname, item.bits, item.needed, item.capabilities, item.directory),
+            *(item.foreign, item.glibc),
+        )
         for item in found.libraries
     ]
     binaries = [(item.path, item.name, item.capability, *item.directories) for item in found.binaries]
@@ -134,16 +137,37 @@ def _is_cached(place: Place, version: str = V) -> bool:
 
 def test_discover_whole(place: Place) -> None:
     lib = place.root / LIB
+    libc: Any = (("libc.so.6",), ())
     expected: Any = (
         V,
         [
-            (f"{lib}/libcuda.so.{V}", f"libcuda.so.{V}", "libcuda.so.1", 64, (), ("compute", "video"), ""),
-            (f"{lib}/libnvidia-ml.so.{V}", f"libnvidia-ml.so.{V}", "libnvidia-ml.so.1", 64, (), ("utility",), ""),
+            (f"{lib}/libcuda.so.{V}", f"libcuda.so.{V}", "libcuda.so.1", 64, (), ("compute", "video"), "", *libc),
+            (
+                f"{lib}/libnvidia-ml.so.{V}",
+                f"libnvidia-ml.so.{V}",
+                "libnvidia-ml.so.1",
+                64,
+                (),
+                ("utility",),
+                "",
+                *libc,
+            ),
         ],
         [(f"{place.root}/usr/bin/nvidia-smi", "nvidia-smi", "utility")],
         [],
     )
     assert expected == _record(place.load())
+
+
+def test_discover_what_the_c_library_must_have(place: Place) -> None:
+    """Kept in the inventory too: the second load reads no ELF file."""
+    path = place.library("libnvidia-encode")
+    needs = {"libc.so.6": ["GLIBC_2.2.5", "GLIBC_2.27"], "libm.so.6": ["GLIBC_2.29", "GLIBC_PRIVATE"]}
+    soname = "libnvidia-encode.so.1"
+    path.write_bytes(elfwriter.shared_object(soname, ["libm.so.6", "libcuda.so.1"], machine=NATIVE, needs=needs))
+    for _ in range(2):
+        (library,) = [item for item in place.load().libraries if item.soname == soname]
+        assert (library.needed, library.foreign, library.glibc) == (("libcuda.so.1",), ("libm.so.6",), (2, 29))
 
 
 def test_discover_versions_differ(place: Place) -> None:

@@ -46,3 +46,18 @@ def test_lines_that_are_none(text: str) -> None:
 )
 def test_shared_of_lines_that_are_none(text: str) -> None:
     assert mountinfo.shared(text) == frozenset()
+
+
+def test_mounts() -> None:
+    text = "95 91 254:0 /lib/libcuda.so.1\\040x//deleted /usr/lib/libcuda.so.1 ro,nosuid - ext4 /dev/vda rw\n"
+    found = [(item.id, item.root, item.point, item.fstype) for item in mountinfo.mounts(TEXT + text)]
+    assert found[0] == (22, "/", "/", "ext4")
+    assert found[1] == (90, "/", "/with space", "tmpfs")
+    assert found[3] == (92, "/", "/carriage\rreturn", "tmpfs")
+    assert found[-1] == (95, "/lib/libcuda.so.1 x//deleted", "/usr/lib/libcuda.so.1", "ext4")
+    assert len(found) == 6
+
+
+@pytest.mark.parametrize("text", ["", "1 2 3 / /x rw", "1 2 3 / /x rw -", "x 2 3 / /x rw - a b c"], ids=repr)
+def test_mounts_of_lines_that_are_none(text: str) -> None:
+    assert mountinfo.mounts(text) == []

@@ -130,6 +130,15 @@ class Audit:
             append(self._socket, line.encode("utf-8", "backslashreplace"))
 
 
+def warn(config: Config, message: str) -> None:
+    """A line in the log file alone, of what a hook finds: a runtime does not show what a hook says that succeeds."""
+    if "warning" not in _SILENT.get(config.log_level, ()):
+        fd = open_log(config.log_file)
+        if fd >= 0:
+            append(fd, entry("warning", message))
+            os.close(fd)
+
+
 def open_log(path: str) -> int:
     """A descriptor to append with, or -1. A pipe that nobody reads would hold us up."""
     if not path or path == "/dev/null":

@@ -8,11 +8,22 @@ import argparse
 import os
 import sys
 
-from .commands import cdi, completion, configcheck, configure, doctor, info, listing, plan, snapshot
+from .commands import cdi, completion, configcheck, configure, doctor, explain, info, listing, plan, snapshot
 from .errors import NvhookError
 from .version import VERSION
 
-_COMMANDS = (info, listing, plan, doctor, snapshot, cdi, configure, configcheck, completion)  # in the order of --help
+_COMMANDS = (
+    info,
+    listing,
+    plan,
+    explain,
+    doctor,
+    snapshot,
+    cdi,
+    configure,
+    configcheck,
+    completion,
+)  # in the order of --help
 
 
 def main(arguments: list[str], default_config: str) -> int:

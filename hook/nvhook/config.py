@@ -41,6 +41,7 @@ _KEYS: dict[str, object] = {
     "nvhook.dev-root": "/",
     "nvhook.proc-root": "/",
     "nvhook.state-dir": "/run/nvhook",
+    "nvhook.strict": False,
 }
 
 # NVIDIA's keys that change nothing here, with the values under which that is what the user expects.
@@ -101,6 +102,7 @@ class Config:
         "proc_root",
         "runtimes",
         "state_dir",
+        "strict",
         "supported_capabilities",
         "swarm_resources",
         "user",
@@ -132,6 +134,7 @@ class Config:
         self.dev_root = str(values["nvhook.dev-root"])
         self.proc_root = str(values["nvhook.proc-root"])
         self.state_dir = str(values["nvhook.state-dir"])
+        self.strict = bool(values["nvhook.strict"])
 
 
 def load(path: str, *, must_exist: bool = False) -> Config:
@@ -238,7 +241,7 @@ def _checked(key: str, value: object, path: str) -> object:
     allowed = _ALLOWED.get(key)
     if allowed and value not in allowed:
         raise ConfigError(f"`{path}`: unknown value `{value}` for `{key}`", f"one of {', '.join(allowed)}")
-    is_path = key.startswith("nvhook.") or (key == "nvidia-container-cli.root" and value)
+    is_path = key in _PATHS or (key == "nvidia-container-cli.root" and value)
     if is_path and not os.path.isabs(str(value)):
         raise ConfigError(f"`{path}`: `{key}` must be an absolute path, not `{value}`")
     if key == "nvidia-container-runtime.runtimes":
@@ -268,6 +271,7 @@ def refusal(key: str, value: object, path: str) -> ConfigError | None:
     return None
 
 
+_PATHS = ("nvhook.dev-root", "nvhook.proc-root", "nvhook.state-dir")
 _TYPES = {bool: "true or false", str: "a string", list: "a list of strings"}
 _ALLOWED = {
     "nvidia-container-runtime.mode": _MODES,

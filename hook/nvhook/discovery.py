@@ -15,7 +15,7 @@ import stat
 from . import datafiles
 from .driver import Binary, Driver, Library
 from .errors import DriverError, reason
-from .linux import elf, ldcache
+from .linux import elf, ldcache, symver
 from .linux.root import DIRECTORY, Root
 
 _MAX_CACHE = 64 << 20
@@ -280,11 +280,21 @@ def _examine(root: Root, path: str, version: str, seen: set[tuple[int, int]]) ->
             return None, False
         seen.add((status.st_dev, status.st_ino))
         header = _read_elf(fd, real)
+        if header is None or header.machine not in _MACHINES or header.kind != "shared":
+            return None, False
+        library = Library(real, header.soname or "", header.bits, header.needed, glibc=_glibc(fd))
     finally:
         os.close(fd)
-    if header is None or header.machine not in _MACHINES or header.kind != "shared":
-        return None, False
-    return Library(real, header.soname or "", header.bits, header.needed), header.abi == (2, 3, 99)
+    return library, header.abi == (2, 3, 99)
+
+
+def _glibc(fd: int) -> tuple[int, ...]:
+    """The oldest C library that has what it needs; nothing if it does not say so in a way that can be read."""
+    try:
+        versions = symver.read(fd)
+        return symver.newest(versions.needed(), "GLIBC_") if versions else ()
+    except (OSError, ValueError):
+        return ()
 
 
 def _read_elf(fd: int, path: str) -> elf.Elf | None:
@@ -296,10 +306,11 @@ def _read_elf(fd: int, path: str) -> elf.Elf | None:
 
 
 def _with_capabilities(libraries: list[Library]) -> list[Library]:
-    """Each library's capabilities, NEEDED cut down to the driver's own; those of no capability are left out."""
+    """Each library's capabilities, NEEDED parted by whose they are; those of no capability are left out."""
     by_soname = {(item.soname or item.name, item.bits): item for item in libraries}
     names: dict[str, set[str]] = {item.path: set() for item in libraries}
     for item in libraries:
+        item.foreign = tuple(name for name in item.needed if (name, item.bits) not in by_soname)
         item.needed = tuple(name for name in item.needed if (name, item.bits) in by_soname)
     for capability, seeds in SEEDS.items():
         todo = [item for item in libraries if _stem(item.soname or item.name) in seeds]

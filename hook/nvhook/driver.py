@@ -15,9 +15,11 @@ class Library:
     needed         SONAMEs of the driver's own libraries that it is linked against
     capabilities   those it belongs to, by NVIDIA's lists and what their members need
     directory      where it is in the container; empty: where the container's family has its libraries
+    foreign        SONAMEs of the libraries of others that it is linked against
+    glibc          the oldest C library that it can be loaded with, such as (2, 27); empty: not known
     """
 
-    __slots__ = ("bits", "capabilities", "directory", "name", "needed", "path", "soname")
+    __slots__ = ("bits", "capabilities", "directory", "foreign", "glibc", "name", "needed", "path", "soname")
 
     def __init__(
         self,
@@ -27,6 +29,9 @@ class Library:
         needed: tuple[str, ...],
         capabilities: tuple[str, ...] = (),
         directory: str = "",
+        *,
+        foreign: tuple[str, ...] = (),
+        glibc: tuple[int, ...] = (),
     ) -> None:
         self.path = path
         self.directory = directory
@@ -35,6 +40,8 @@ class Library:
         self.bits = bits
         self.needed = needed
         self.capabilities = capabilities
+        self.foreign = foreign
+        self.glibc = glibc
 
 
 class Binary:

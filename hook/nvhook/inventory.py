@@ -24,7 +24,7 @@ from .errors import DriverError, reason
 NAME = "inventory.json"
 _NVML_NAME = "nvml.json"
 _FILES = "files"
-_FORMAT = 3
+_FORMAT = 4
 _MAX_SIZE = 4 << 20
 _NVML_LIBRARY = "libnvidia-ml.so.1"
 _A_WHILE = 60  # seconds
@@ -247,6 +247,10 @@ def _is_texts(value: object) -> bool:
     return isinstance(value, list) and all(map(_is_text, value))
 
 
+def _is_numbers(value: object) -> bool:
+    return isinstance(value, list) and all(map(_is_number, value))
+
+
 def _is_rows(value: object) -> bool:
     return isinstance(value, list) and all(map(_is_texts, value))
 
@@ -259,6 +263,8 @@ _LIBRARY: Form = {
     "needed": _is_texts,
     "capabilities": _is_texts,
     "directory": _is_text,
+    "foreign": _is_texts,
+    "glibc": _is_numbers,
 }
 _BINARY: Form = {"path": _is_text, "name": _is_text, "capability": _is_text, "directories": _is_rows}
 _FILE: Form = {"path": _is_text, "destination": _is_text, "capabilities": _is_texts, "bits": _is_number}
@@ -285,6 +291,8 @@ def _driver(inventory: Json) -> Driver:
                 tuple(item["needed"]),
                 tuple(item["capabilities"]),
                 item["directory"],
+                foreign=tuple(item["foreign"]),
+                glibc=tuple(item["glibc"]),
             )
             for item in _members(inventory, "libraries", _LIBRARY)
         ],
@@ -314,6 +322,8 @@ def _describe(driver: Driver) -> Json:
                 "needed": item.needed,
                 "capabilities": item.capabilities,
                 "directory": item.directory,
+                "foreign": item.foreign,
+                "glibc": item.glibc,
             }
             for item in driver.libraries
         ],

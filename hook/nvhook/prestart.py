@@ -16,6 +16,7 @@ from . import (
     compat,
     dri,
     features,
+    fitness,
     host,
     inventory,
     kmods,
@@ -165,6 +166,7 @@ def prepare(
         kmods.make_nodes(config, [edit for edit in edits if isinstance(edit, editing.Device)], warnings)
         try:
             _prepare(edits, config)
+            fitness.check(config, asked, driver, root, layout, compatible, warnings)
             return Preparation(edits, chosen, layout, compatible, gpus.driver_version)
         except editing.SourceGone as gone:
             lost = str(gone)

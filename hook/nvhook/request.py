@@ -40,9 +40,19 @@ class Request:
     imex_channels   numbers, as written, once each
     features        those of FEATURES
     mig_rights      `config`, to set up MIG on the GPUs, and `monitor`, to watch it
+    library_path    LD_LIBRARY_PATH: where its programs look for what they get
     """
 
-    __slots__ = ("capabilities", "devices", "features", "imex_channels", "mig_rights", "origin", "requirements")
+    __slots__ = (
+        "capabilities",
+        "devices",
+        "features",
+        "imex_channels",
+        "library_path",
+        "mig_rights",
+        "origin",
+        "requirements",
+    )
 
     def __init__(
         self,
@@ -54,6 +64,7 @@ class Request:
         imex_channels: tuple[int, ...] = (),
         features: tuple[str, ...] = (),
         mig_rights: tuple[str, ...] = (),
+        library_path: str = "",
     ) -> None:
         self.devices = devices
         self.capabilities = capabilities
@@ -62,6 +73,7 @@ class Request:
         self.imex_channels = imex_channels
         self.features = features
         self.mig_rights = mig_rights
+        self.library_path = library_path
 
     def describe(self) -> dict[str, object]:
         """Devices, capabilities and requirements; of the rest what is asked for."""
@@ -98,6 +110,7 @@ def read(spec: Spec, config: Config, warnings: list[str] | None = None) -> Reque
         imex_channels=_imex_channels(spec, config, warnings),
         features=tuple(name for name in FEATURES if spec.env.get(f"NVIDIA_{name.upper()}") == "enabled"),
         mig_rights=tuple(right for right in ("config", "monitor") if _has_mig_right(spec, right)),
+        library_path=spec.env.get("LD_LIBRARY_PATH", ""),
     )
 
 

@@ -43,7 +43,7 @@ from nvhook.commands import cdifiles, configcheck, documents
 from nvhook.container import Layout
 from nvhook.errors import NvhookError
 from nvhook.gpus import Gpu, Gpus
-from nvhook.linux import cgroups, elf, ldcache, ldmerge, mountinfo
+from nvhook.linux import cgroups, devprog, elf, ldcache, ldmerge, mountinfo, symver
 from nvhook.linux.root import DIRECTORY, Root
 from nvhook.requirements import Facts
 from nvruntime import bundle
@@ -153,6 +153,40 @@ _ELFS = [
 def elf_file(data: bytes) -> None:
     with contextlib.suppress(ValueError):
         elf.read(io.BytesIO(data))
+
+
+_VERSIONED = [
+    elfwriter.shared_object(
+        "libx.so.1", ["libc.so.6"], needs={"libc.so.6": ["GLIBC_2.2.5"]}, defines=("libx.so.1", "X")
+    ),
+    elfwriter.shared_object("libx.so.1", [], machine="i386", defines=("libx.so.1", "GLIBC_2.36")),
+    Path("/bin/true").read_bytes(),
+]
+
+
+@_target(mutations.damaged(_VERSIONED, [b"\x7fELF", b"GLIBC_", b"\xff" * 8, b"\0" * 64]))
+def symbol_versions(data: bytes) -> None:
+    fd = os.open(_file("versions", data), os.O_RDONLY)
+    try:
+        versions = symver.read(fd)
+        if versions:
+            symver.newest(versions.defined() + versions.needed(), "GLIBC_")
+    except ValueError:
+        return
+    finally:
+        os.close(fd)
+
+
+_RULES = [cgroups.Rule("c", 195, minor, "rw") for minor in range(3)]
+
+
+@_target(
+    mutations.damaged([cgroups.allow_block(_RULES)], [b"\x95" + bytes(7), b"\x05" + bytes(7), b"\x61", b"\xff" * 4])
+)
+def device_answer(data: bytes) -> None:
+    program = data[: len(data) // 8 * 8]  # the kernel gives whole instructions
+    with contextlib.suppress(ValueError):
+        devprog.allows(program, "c", 195, 0, "rw")
 
 
 # What an engine writes
@@ -429,6 +463,7 @@ _CGROUPS = ["12:devices:/docker/abc\n0::/system.slice/a.scope\n", "0::/../x\n", 
 def mounts(text: str) -> None:
     mountinfo.mount_points(text)
     mountinfo.shared(text)
+    mountinfo.mounts(text)
     mountinfo.unescape(text)
     for version in (1, 2):
         with contextlib.suppress(ValueError):

@@ -154,7 +154,10 @@ def _make_elf(elf: dict[str, Any], path: str, compiler: Compiler) -> None:
     elif elf["soname"] is None and ".so" not in name:
         _write(path, elfwriter.program(elf["needed"], machine=machine, abi=elf.get("abi")))
     else:
-        content = elfwriter.shared_object(elf["soname"], elf["needed"], machine=machine, abi=elf.get("abi"))
+        needs = elf.get("versions")
+        content = elfwriter.shared_object(
+            elf["soname"], elf["needed"], machine=machine, abi=elf.get("abi"), needs=needs
+        )
         _write(path, content)
 
 

@@ -2,7 +2,8 @@
 """Writes small ELF files: shared objects that a program can dlopen, and programs that exit with 0.
 
 They hold what a reader of ELF files looks at: SONAME, NEEDED, the ABI note, class and machine, in program headers
-and in sections. There is no code in a shared object; `symbols` gives it exported names, for a linker to find.
+and in sections. There is no code in a shared object; `symbols` gives it exported names, for a linker to find, and
+`needs` and `defines` symbol versions: GLIBC_2.34 of libc.so.6.
 
 The file is mapped twice. The first segment (read, execute) holds everything up to the dynamic section, the second
 (read, write, because the dynamic linker writes addresses into it) the dynamic section alone, one _PAGE further up
@@ -20,12 +21,15 @@ _PT_LOAD, _PT_DYNAMIC, _PT_INTERP, _PT_NOTE, _PT_PHDR = 1, 2, 3, 4, 6
 _PT_GNU_STACK = 0x6474E551
 _PF_X, _PF_W, _PF_R = 1, 2, 4
 
+_SHT_GNU_VERDEF, _SHT_GNU_VERNEED, _SHT_GNU_VERSYM = 0x6FFFFFFD, 0x6FFFFFFE, 0x6FFFFFFF
 _SHT_PROGBITS, _SHT_STRTAB, _SHT_HASH, _SHT_DYNAMIC, _SHT_NOTE, _SHT_DYNSYM = 1, 3, 5, 6, 7, 11
 _SHF_WRITE, _SHF_ALLOC, _SHF_EXECINSTR = 1, 2, 4
 
 _DT_NULL, _DT_NEEDED, _DT_HASH, _DT_STRTAB, _DT_SYMTAB = 0, 1, 4, 5, 6
 _DT_STRSZ, _DT_SYMENT, _DT_SONAME = 10, 11, 14
 _DT_FLAGS_1, _DF_1_PIE = 0x6FFFFFFB, 0x08000000
+_DT_VERSYM = 0x6FFFFFF0
+_DT_VERDEF, _DT_VERDEFNUM, _DT_VERNEED, _DT_VERNEEDNUM = 0x6FFFFFFC, 0x6FFFFFFD, 0x6FFFFFFE, 0x6FFFFFFF
 
 
 class Machine(NamedTuple):
@@ -98,14 +102,16 @@ def shared_object(
     machine: str = "x86-64",
     abi: list[int] | None = None,
     symbols: tuple[str, ...] = (),
+    needs: dict[str, list[str]] | None = None,
+    defines: tuple[str, ...] = (),
 ) -> bytes:
     """A shared object that any dynamic linker of `machine` loads, provided that it finds `needed`."""
-    return _write(MACHINES[machine], soname, needed, abi, symbols, program=False)
+    return _write(MACHINES[machine], soname, needed, abi, symbols, needs or {}, defines, program=False)
 
 
 def program(needed: list[str], *, machine: str = "x86-64", abi: list[int] | None = None) -> bytes:
     """A program that needs `needed` to start and then exits with 0."""
-    return _write(MACHINES[machine], None, needed, abi, (), program=True)
+    return _write(MACHINES[machine], None, needed, abi, (), {}, (), program=True)
 
 
 def _write(
@@ -114,6 +120,8 @@ def _write(
     needed: list[str],
     abi: list[int] | None,
     symbols: tuple[str, ...],
+    needs: dict[str, list[str]],
+    defines: tuple[str, ...],
     *,
     program: bool,
 ) -> bytes:
@@ -127,8 +135,11 @@ def _write(
     names = [strings.add(name) for name in symbols]
 
     sections = _sections(machine, layout, abi, program=program)
-    sections += _symbol_sections(layout, names, strings)
-    size = layout.dynamic_size * (len(dynamic) + 6)
+    versions = _version_sections(len(names) + 1, needs, defines, strings)
+    sections += _symbol_sections(layout, names, strings) + versions
+    counts = {".gnu.version_d": (_DT_VERDEFNUM, len(defines)), ".gnu.version_r": (_DT_VERNEEDNUM, len(needs))}
+    dynamic += [counts[section.name] for section in versions if section.name in counts]
+    size = layout.dynamic_size * (len(dynamic) + len(versions) + 6)
     sections.append(_Section(".dynamic", _SHT_DYNAMIC, _SHF_ALLOC | _SHF_WRITE, bytes(size)))
     segments = 4 + (abi is not None) + 2 * program
     _place(sections, layout.header_size + segments * layout.segment_size)
@@ -168,6 +179,57 @@ def _symbol_sections(layout: _Layout, names: list[int], strings: _Strings) -> li
     ]
 
 
+def _version_sections(
+    count: int, needs: dict[str, list[str]], defines: tuple[str, ...], strings: _Strings
+) -> list[_Section]:
+    """None, or .gnu.version, in which each of the `count` symbols is of no version, and one or two that name some."""
+    sections = []
+    if defines:
+        table = b"".join(
+            struct.pack(
+                "<4H3I2I",
+                1,
+                int(index == 1),
+                index,
+                1,
+                _hash(name),
+                20,
+                28 * (index < len(defines)),
+                strings.add(name),
+                0,
+            )
+            for index, name in enumerate(defines, 1)
+        )
+        sections.append(_Section(".gnu.version_d", _SHT_GNU_VERDEF, _SHF_ALLOC, table))
+    if needs:
+        table, number = b"", len(defines) + 2
+        for file, names in needs.items():
+            is_last = file == list(needs)[-1]
+            following = 0 if is_last else 16 * (len(names) + 1)
+            table += struct.pack("<2H3I", 1, len(names), strings.add(file), 16, following)
+            for place, name in enumerate(names, 1):
+                table += struct.pack("<I2H2I", _hash(name), 0, number, strings.add(name), 16 * (place < len(names)))
+                number += 1
+        sections.append(_Section(".gnu.version_r", _SHT_GNU_VERNEED, _SHF_ALLOC, table))
+    if sections:
+        table = struct.pack(f"<{count}H", 0, *[1] * (count - 1))
+        sections.append(_Section(".gnu.version", _SHT_GNU_VERSYM, _SHF_ALLOC, table))
+    return sections
+
+
+def _hash(name: str) -> int:
+    """As the gABI has it, for the tables of versions too."""
+    value = 0
+    for byte in name.encode():
+        value = (value << 4) + byte
+        high = value & 0xF0000000
+        value = (value ^ high >> 24) & ~high
+    return value
+
+
+_VERSION_TAGS = {".gnu.version": _DT_VERSYM, ".gnu.version_d": _DT_VERDEF, ".gnu.version_r": _DT_VERNEED}
+
+
 def _place(sections: list[_Section], offset: int) -> None:
     """Give each section its offset and address; what is written to lies a page further up."""
     for section in sections:
@@ -181,6 +243,7 @@ def _fill_dynamic(layout: _Layout, sections: list[_Section], dynamic: list[tuple
     by_name = {section.name: section for section in sections}
     dynamic = [
         *dynamic,
+        *[(tag, by_name[name].address) for name, tag in _VERSION_TAGS.items() if name in by_name],
         (_DT_HASH, by_name[".hash"].address),
         (_DT_STRTAB, by_name[".dynstr"].address),
         (_DT_SYMTAB, by_name[".dynsym"].address),

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 class Survey:
     """What a container that is `described` would get, stage by stage. `root` is its root filesystem."""
 
-    __slots__ = ("asked", "chosen", "driver", "edits", "gpus", "layout", "root")
+    __slots__ = ("asked", "chosen", "compat", "driver", "edits", "gpus", "layout", "root")
 
     def __init__(
         self,
@@ -47,6 +47,7 @@ class Survey:
         root: Root,
         layout: Layout,
         edits: list[Edit],
+        compat: str = "",
     ) -> None:
         self.asked = asked
         self.gpus = gpus
@@ -55,6 +56,7 @@ class Survey:
         self.root = root
         self.layout = layout
         self.edits = edits
+        self.compat = compat  # the image's directory of CUDA compatibility libraries, if they are used
 
 
 def make(described: spec.Spec, config: Config, warnings: list[str]) -> Survey | None:
@@ -67,6 +69,7 @@ def make(described: spec.Spec, config: Config, warnings: list[str]) -> Survey | 
     driver = inventory.load(config, gpus.driver_version, warnings, keep=False)
     root = _root(described.rootfs)
     layout = container.layout(root)
+    compatible = compat.find(config, asked, root, gpus.driver_version, chosen.brands, warnings)
     edits = plan.make(
         asked,
         chosen.gpus,
@@ -77,9 +80,9 @@ def make(described: spec.Spec, config: Config, warnings: list[str]) -> Survey | 
         sockets=sockets.find(config.driver_root),
         proc=procfs.read(config.proc_root),
         extras=[caps.find(config, asked, chosen, gpus), features.find(config, asked, warnings)],
-        compat=compat.find(config, asked, root, gpus.driver_version, chosen.brands, warnings),
+        compat=compatible,
     )
-    return Survey(asked, gpus, chosen, driver, root, layout, edits)
+    return Survey(asked, gpus, chosen, driver, root, layout, edits, compatible)
 
 
 def imagined(env: list[str], rootfs: str) -> spec.Spec:

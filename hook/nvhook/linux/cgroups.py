@@ -39,6 +39,7 @@ BPF_PROG_TYPE_CGROUP_DEVICE = 15
 BPF_CGROUP_DEVICE = 6
 BPF_F_ALLOW_MULTI = 2
 BPF_F_REPLACE = 4
+BPF_F_QUERY_EFFECTIVE = 1
 _MAX_PROGS = 64  # per cgroup and attach type: BPF_CGROUP_MAX_PROGS
 
 # struct bpf_cgroup_dev_ctx { u32 access_type, major, minor }; access_type: the type in the low half, the access
@@ -341,10 +342,26 @@ def _attr(layout: str, *values: int | bytes) -> bytearray:
     return bytearray(struct.pack(layout, *values).ljust(128, b"\0"))
 
 
-def attached(cgroup: int) -> tuple[int, list[int]]:
-    """The attach flags of the cgroup's device programs, and their ids."""
+def programs(cgroup: int) -> list[bytes]:
+    """The instructions of each program that a device access in this cgroup has to pass, those of cgroups above it too.
+
+    OSError, among others where the kernel hides them, or one does more than to compute.
+    """
+    found = []
+    for program in attached(cgroup, effective=True)[1]:
+        fd = _bpf(BPF_PROG_GET_FD_BY_ID, "=III", program, 0, 0)
+        try:
+            found.append(_instructions(fd))
+        finally:
+            os.close(fd)
+    return found
+
+
+def attached(cgroup: int, *, effective: bool = False) -> tuple[int, list[int]]:
+    """The attach flags of the cgroup's device programs, and their ids; `effective`: of cgroups above it too."""
     ids = bytearray(4 * _MAX_PROGS)
-    attr = _attr("=IIIIQI", cgroup, BPF_CGROUP_DEVICE, 0, 0, address_of(ids), _MAX_PROGS)
+    flags = BPF_F_QUERY_EFFECTIVE if effective else 0
+    attr = _attr("=IIIIQI", cgroup, BPF_CGROUP_DEVICE, flags, 0, address_of(ids), _MAX_PROGS)
     try:
         bpf(BPF_PROG_QUERY, attr)
     except OSError as error:

@@ -10,6 +10,29 @@ from __future__ import annotations
 _MAX_DIGITS = 10  # of a mount's id
 
 
+class Mount:
+    """`root` is what of the file system is mounted, its end `//deleted` if that is gone; `point` where it is."""
+
+    __slots__ = ("fstype", "id", "point", "root")
+
+    def __init__(self, id: int, root: str, point: str, fstype: str) -> None:  # noqa: A002 - the kernel's name
+        self.id = id
+        self.root = root
+        self.point = point
+        self.fstype = fstype
+
+
+def mounts(text: str) -> list[Mount]:
+    """All of them, in the kernel's order."""
+    found = []
+    for fields in _lines(text):
+        if len(fields) < 7 or "-" not in fields[6:-1] or not fields[0].isdecimal() or len(fields[0]) > _MAX_DIGITS:
+            continue  # no line of the kernel's
+        fstype = fields[fields.index("-", 6) + 1]
+        found.append(Mount(int(fields[0]), unescape(fields[3]), unescape(fields[4]), fstype))
+    return found
+
+
 def mount_points(text: str) -> set[str]:
     """Every mount point, as seen from the process's root."""
     return {unescape(fields[4]) for fields in _lines(text) if len(fields) > 4}
