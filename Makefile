@@ -38,7 +38,7 @@ uninstall:
 # from the commands' own words
 man: build/man/nvhook.1
 
-build/man/nvhook.1: build/requirements.stamp scripts/manpages.py $(wildcard docs/man/* hook/nvhook/cli.py hook/nvhook/commands/*)
+build/man/nvhook.1: build/requirements.stamp scripts/manpages.py $(wildcard docs/man/* hook/nvhook/cli.py hook/nvhook/commands/* hook/nvhook/commands/*/*)
 	.venv/bin/python scripts/manpages.py build/man
 
 build/requirements.stamp: requirements.txt

@@ -18,7 +18,8 @@ import docpages
 from containers import HOOK, REPOSITORY, configure
 from nvhook import config
 from nvhook.cli import main
-from nvhook.commands import cdifiles, cdispec
+from nvhook.commands.cdi import files as cdifiles
+from nvhook.commands.cdi import specification as cdispec
 
 pytestmark = pytest.mark.root  # simulated hosts have device nodes
 

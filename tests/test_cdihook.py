@@ -18,7 +18,7 @@ import pytest
 import cdi_engine
 from containers import HOOK, TRY, WRAPPER, Bundle, Workshop, gpu_lines, tree
 from nvhook import cdihook, config, gpus
-from nvhook.commands import cdispec
+from nvhook.commands.cdi import specification as cdispec
 from nvhook.errors import SpecError
 from nvhook.request import Request
 from test_journey_mig import SHOW_PROC

@@ -13,7 +13,7 @@ import pytest
 
 from nvhook import config
 from nvhook.cli import main
-from nvhook.commands import configcheck
+from nvhook.commands.configure import configcheck
 from nvhook.errors import ConfigError
 
 SHIPPED = Path(__file__).parent.parent / "etc/config.toml"

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from nvhook import cli, config, request, spec
-from nvhook.commands.documents import Document, Json, Toml
+from nvhook.commands.configure.documents import Document, Json, Toml
 from nvhook.errors import ConfigError
 
 if sys.version_info >= (3, 11):
@@ -840,7 +840,7 @@ def test_file_that_cannot_be_written(host: Host) -> None:
     # Imported first: the user may not come to where the modules are.
     early = (
         "import difflib, hashlib, os, sys, tomlkit; from nvhook import cli; "
-        "from nvhook.commands import changes, configure, documents, engines"
+        "from nvhook.commands.configure import changes, command, documents, engines"
     )
     code = f"{early}; os.setuid(65534); sys.exit(cli.main(sys.argv[1:], '/nonexistent'))"
     words = ["configure", "docker", "--config-file", str(file), "--runtime-path", "/bin/true"]

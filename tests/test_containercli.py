@@ -18,8 +18,8 @@ import pytest
 
 import docpages
 from containers import REPOSITORY, TRIPLET, TRY, Workshop, gpu_lines, own_mounts, tree
-from nvhook.commands import containeroptions
-from nvhook.commands.containeroptions import InputError
+from nvhook.commands.containercli import options as containeroptions
+from nvhook.commands.containercli.options import InputError
 
 CLI = REPOSITORY / "scripts/nvidia-container-cli"
 A100, MIG = "a100x2", "a100x8-mig"
@@ -712,7 +712,7 @@ import sys
 sys.path[:0] = [{hook!r}]
 sys.path.append({packages!r})
 from nvhook import container
-from nvhook.commands.containercli import main
+from nvhook.commands.containercli.command import main
 
 entered = []
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from nvhook.commands import dockerline
+from nvhook.commands.explain import dockerline
 from nvhook.errors import SpecError
 
 

@@ -26,9 +26,10 @@ import containers
 import docpages
 from nvhook import config as configuration
 from nvhook import inventory
-from nvhook.commands import checks_engines, doctor, findings
-from nvhook.commands.engines import ENGINES
-from nvhook.commands.examined import Host
+from nvhook.commands.configure.engines import ENGINES
+from nvhook.commands.doctor import checks_engines, findings
+from nvhook.commands.doctor import command as doctor
+from nvhook.commands.doctor.examined import Host
 from patients import Patient
 from simhost import description
 

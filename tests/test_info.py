@@ -24,7 +24,8 @@ import rich
 import docpages
 from conftest import HOSTS
 from nvhook import cli
-from nvhook.commands import info, terminal
+from nvhook.commands import terminal
+from nvhook.commands.info import command as info
 from simhost.build import build
 
 A100 = json.loads((HOSTS / "a100x2-debian12.json").read_text())
@@ -288,8 +289,8 @@ def test_info_processes_that_are_closed(
     host: Path, run: Info, monkeypatch: pytest.MonkeyPatch, uid: int, remedy: str
 ) -> None:
     """As for an ordinary user, or where a security module is in the way."""
-    monkeypatch.setattr("nvhook.commands.processes._minors", _forbidden)
-    monkeypatch.setattr("nvhook.commands.overview.os.geteuid", lambda: uid)
+    monkeypatch.setattr("nvhook.commands.info.processes._minors", _forbidden)
+    monkeypatch.setattr("nvhook.commands.info.overview.os.geteuid", lambda: uid)
     document = _json(run(host, "--json", warning=f"nvhook: warning: 3 processes could not be looked at{remedy}"))
     assert (document["processes"], document["hidden_processes"]) == ([], 3)
 

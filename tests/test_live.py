@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""commands/live.py: NVML's values of the moment, and which answers are believed."""
+"""commands/info/live.py: NVML's values of the moment, and which answers are believed."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ import pytest
 from conftest import HOSTS
 from nvhook import config as configuration
 from nvhook import gpus, inventory
-from nvhook.commands import live
-from nvhook.commands.live import Now, Sample
+from nvhook.commands.info import live
+from nvhook.commands.info.live import Now, Sample
 from nvhook.errors import DriverError
 from simhost.build import build
 

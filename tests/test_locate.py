@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from nvhook.commands import dockerapi, locate
+from nvhook.commands.explain import dockerapi, locate
 from nvhook.errors import ContainerError
 
 pytestmark = pytest.mark.usefixtures("socket_path")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""commands/processes.py: who has a GPU open, in a /proc made by hand and in this machine's own, and which container."""
+"""commands/info/processes.py: who has a GPU open, in a /proc made by hand and in this machine's; and containers."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from nvhook.commands import processes
-from nvhook.commands.processes import Container, Process
+from nvhook.commands.info import processes
+from nvhook.commands.info.processes import Container, Process
 
 ID = "4f1b9e06c2d75a38e9b0f4467d1c83a52e90bb17f6d84c3e0a95d2718c6fe34b"
 OTHER = ID[::-1]

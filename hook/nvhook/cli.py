@@ -8,7 +8,15 @@ import argparse
 import os
 import sys
 
-from .commands import cdi, completion, configcheck, configure, doctor, explain, info, listing, plan, snapshot
+from .commands import completion, plan
+from .commands.cdi import command as cdi
+from .commands.configure import command as configure
+from .commands.configure import configcheck
+from .commands.doctor import command as doctor
+from .commands.doctor import snapshot
+from .commands.explain import command as explain
+from .commands.info import command as info
+from .commands.info import listing
 from .errors import NvhookError
 from .version import VERSION
 

@@ -39,7 +39,8 @@ from nvhook import (
     spec,
 )
 from nvhook import config as configuration
-from nvhook.commands import cdifiles, configcheck, documents
+from nvhook.commands.cdi import files as cdifiles
+from nvhook.commands.configure import configcheck, documents
 from nvhook.container import Layout
 from nvhook.errors import NvhookError
 from nvhook.gpus import Gpu, Gpus

@@ -7,7 +7,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     import argparse
 
-    from . import Subparsers
+    from nvhook.commands import Subparsers
 
 _SHELLS = ("bash", "zsh")
 

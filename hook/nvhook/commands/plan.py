@@ -6,16 +6,15 @@ from __future__ import annotations
 import json
 
 from nvhook import spec
+from nvhook.commands import load, survey
 from nvhook.errors import SpecError, one_line
-
-from . import load, survey
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     import argparse
 
-    from . import Subparsers
-    from .survey import Survey
+    from nvhook.commands import Subparsers
+    from nvhook.commands.survey import Survey
 
 
 def add(commands: Subparsers) -> None:

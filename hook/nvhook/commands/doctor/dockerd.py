@@ -6,13 +6,13 @@ from __future__ import annotations
 import json
 import os
 
-from .examined import kernel_text
+from nvhook.commands.doctor.examined import kernel_text
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
-    from .examined import Host
+    from nvhook.commands.doctor.examined import Host
 
 SOCKET = "/run/docker.sock"
 # A process of a container may go by any name; these files are root's.

@@ -14,21 +14,20 @@ import os
 
 from nvhook import audit, container, prestart
 from nvhook import config as configuration
+from nvhook.commands import plan
+from nvhook.commands.containercli import options as containeroptions
+from nvhook.commands.containercli.options import NAME, InputError
 from nvhook.edits import Device, Edit, Mount
 from nvhook.errors import NvhookError
 from nvhook.linux import kernel
 from nvhook.request import Request
 
-from . import containeroptions, plan
-from .containeroptions import NAME, InputError
-
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     import argparse
 
+    from nvhook.commands.containercli.command import Log
     from nvhook.config import Config
-
-    from .containercli import Log
 
 
 class _PermissionError(NvhookError):

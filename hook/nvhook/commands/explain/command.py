@@ -14,20 +14,19 @@ import tempfile
 from collections.abc import Iterator
 
 from nvhook import fitness
+from nvhook.commands import load, plan, survey
+from nvhook.commands.explain import dockerline, reasons
+from nvhook.commands.explain import subject as subjects
 from nvhook.errors import NvhookError, SpecError, one_line
 from nvhook.linux import elf
 
-from . import dockerline, load, plan, reasons, survey
-from . import subject as subjects
-
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from nvhook.commands import Subparsers
+    from nvhook.commands.explain.subject import Subject
+    from nvhook.commands.survey import Survey
     from nvhook.config import Config
     from nvhook.linux.root import Root
-
-    from . import Subparsers
-    from .subject import Subject
-    from .survey import Survey
 
 _EPILOG = """\
 examples:

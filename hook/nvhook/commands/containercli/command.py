@@ -15,10 +15,9 @@ import time
 from nvhook import audit
 from nvhook import config as configuration
 from nvhook import version as ours
+from nvhook.commands.containercli import options as containeroptions
+from nvhook.commands.containercli.options import NAME, InputError
 from nvhook.errors import NvhookError
-
-from . import containeroptions
-from .containeroptions import NAME, InputError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -59,11 +58,11 @@ def main(arguments: list[str], default_config: str) -> int:
         log = Log(options.debug, warnings)
         config = _settings(options, default_config, warnings)
         if options.command == "configure":
-            from . import containerconfigure
+            from nvhook.commands.containercli import configure as containerconfigure
 
             containerconfigure.configure(options, config, warnings, log)
         else:
-            from . import containerinfo
+            from nvhook.commands.containercli import info as containerinfo
 
             {"info": containerinfo.info, "list": containerinfo.list_all}[options.command](options, config, warnings)
         return 0

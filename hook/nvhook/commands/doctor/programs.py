@@ -7,7 +7,7 @@ import os
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from .examined import Host
+    from nvhook.commands.doctor.examined import Host
 
 RUNTIME = "nvidia-container-runtime"
 HOOK = "nvidia-container-runtime-hook"

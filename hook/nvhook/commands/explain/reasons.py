@@ -14,11 +14,10 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from nvhook.commands.survey import Survey
     from nvhook.config import Config
     from nvhook.driver import Library
     from nvhook.spec import Spec
-
-    from .survey import Survey
 
 _ACCEPT_ENV = "accept-nvidia-visible-devices-envvar-when-unprivileged"
 _ACCEPT_MOUNTS = "accept-nvidia-visible-devices-as-volume-mounts"

@@ -10,19 +10,17 @@ import os
 import stat
 
 from nvhook import gpus, inventory, sockets, wsl
+from nvhook.commands.doctor.examined import kernel_text, listed
+from nvhook.commands.doctor.findings import failure, ok, several, skipped, warning
 from nvhook.errors import DriverError
-
-from .examined import kernel_text, listed
-from .findings import failure, ok, several, skipped, warning
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from nvhook.commands.doctor.examined import Host
+    from nvhook.commands.doctor.findings import Finding
     from nvhook.gpus import Gpus
-
-    from .examined import Host
-    from .findings import Finding
 
 _NVIDIA = "0x10de"  # the PCI vendor
 _DISPLAY = "0x03"  # the PCI class of what draws, and of accelerators that once did

@@ -11,30 +11,28 @@ import argparse
 import os
 
 from nvhook import config as configuration
-from nvhook.errors import NvhookError, reason
-from nvhook.version import VERSION
-
-from . import (
+from nvhook.commands import load
+from nvhook.commands.configure import configcheck
+from nvhook.commands.doctor import (
     checks_container,
     checks_driver,
     checks_engines,
     checks_leftovers,
     checks_system,
-    configcheck,
     findings,
-    load,
     snapshot,
 )
-from .examined import Host
+from nvhook.commands.doctor.examined import Host
+from nvhook.errors import NvhookError, reason
+from nvhook.version import VERSION
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+    from nvhook.commands import Subparsers
+    from nvhook.commands.doctor.findings import Finding
     from nvhook.config import Config
-
-    from . import Subparsers
-    from .findings import Finding
 
     Check = Callable[[Host], Iterator[Finding]]
 

@@ -13,9 +13,8 @@ import json
 import os
 import stat
 
+from nvhook.commands.cdi import specification as cdispec
 from nvhook.errors import reason
-
-from . import cdispec
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

@@ -12,19 +12,17 @@ import re
 import stat
 
 from nvhook import gpus, mig
+from nvhook.commands.cdi import files as cdifiles
 from nvhook.errors import DeviceError, DriverError, reason
-
-from . import cdifiles
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from typing import Any
 
+    from nvhook.commands.cdi.files import SpecFile
     from nvhook.config import Config
     from nvhook.gpus import Gpus
-
-    from .cdifiles import SpecFile
 
     Json = dict[str, Any]
 

@@ -7,19 +7,18 @@ import os
 import stat
 
 from nvhook import inventory
-
-from . import configcheck
-from .checks_driver import driver
-from .examined import kernel_text
-from .findings import failure, ok, skipped, warning
-from .snapshot import cgroup_version
+from nvhook.commands.configure import configcheck
+from nvhook.commands.doctor.checks_driver import driver
+from nvhook.commands.doctor.examined import kernel_text
+from nvhook.commands.doctor.findings import failure, ok, skipped, warning
+from nvhook.commands.doctor.snapshot import cgroup_version
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from .examined import Host
-    from .findings import Finding
+    from nvhook.commands.doctor.examined import Host
+    from nvhook.commands.doctor.findings import Finding
 
 # Where the wrapper looks after PATH.
 PLACES = ("/usr/local/sbin", "/usr/local/bin", "/usr/sbin", "/usr/bin", "/sbin", "/bin")

@@ -9,10 +9,9 @@ from __future__ import annotations
 import os
 
 from nvhook import caps, gpus, host, inventory, plan, requirements, selection, sockets
+from nvhook.commands.containercli import options as containeroptions
 from nvhook.errors import DriverError
 from nvhook.request import Request
-
-from . import containeroptions
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

@@ -14,20 +14,19 @@ import stat
 import sys
 
 from nvhook import features, gpus, inventory, requirements, wsl
+from nvhook.commands import load
+from nvhook.commands.doctor import hostfiles
+from nvhook.commands.doctor.examined import Host, kernel_text, listed
 from nvhook.errors import ConfigError, NvhookError, reason
-
-from . import hostfiles, load
-from .examined import Host, kernel_text, listed
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     import argparse
 
+    from nvhook.commands import Subparsers
+    from nvhook.commands.doctor.hostfiles import Entry
     from nvhook.gpus import Gpus
     from nvhook.nvml import Device, Report
-
-    from . import Subparsers
-    from .hostfiles import Entry
 
 _NVIDIA = "0x10de"  # the PCI vendor
 _ROOMS = ("", "nvidia-caps", "nvidia-caps-imex-channels", "dri", "infiniband")

@@ -11,19 +11,18 @@ import re
 import shlex
 import stat
 
+from nvhook.commands.doctor.checks_driver import driver
+from nvhook.commands.doctor.checks_system import search_path
+from nvhook.commands.doctor.findings import failure, ok, several, warning
+from nvhook.commands.doctor.programs import HOOK, MISSING, NVIDIA, OURS, RUNTIME, whose
 from nvhook.errors import reason
-
-from .checks_driver import driver
-from .checks_system import search_path
-from .findings import failure, ok, several, warning
-from .programs import HOOK, MISSING, NVIDIA, OURS, RUNTIME, whose
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from .examined import Host
-    from .findings import Finding
+    from nvhook.commands.doctor.examined import Host
+    from nvhook.commands.doctor.findings import Finding
 
 _HOOKS = ("/usr/share/containers/oci/hooks.d", "/usr/local/share/containers/oci/hooks.d", "/etc/containers/oci/hooks.d")
 _HOOK_NAMES = (HOOK, "nvidia-container-toolkit")

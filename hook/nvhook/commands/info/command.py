@@ -10,17 +10,16 @@ import json
 import time
 from typing import TYPE_CHECKING
 
+from nvhook.commands import load, terminal
+from nvhook.commands.info import overview
 from nvhook.errors import one_line
-
-from . import load, overview, terminal
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
 
+    from nvhook.commands import Subparsers
+    from nvhook.commands.info.overview import Overview
     from nvhook.config import Config
-
-    from . import Subparsers
-    from .overview import Overview
 
 _PERIOD = 2.0  # seconds
 _SHORTEST, _LONGEST = 0.1, 86400.0

@@ -15,21 +15,20 @@ import shutil
 import tempfile
 
 from nvhook import inventory
+from nvhook.commands.configure.command import runtime_path
+from nvhook.commands.doctor.checks_driver import driver
+from nvhook.commands.doctor.findings import failure, ok, several, skipped
 from nvhook.errors import DriverError, NvhookError, reason
 from nvhook.linux import elf, ldcache, userns
 from nvhook.linux.root import DIRECTORY, Root
-
-from .checks_driver import driver
-from .configure import runtime_path
-from .findings import failure, ok, several, skipped
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     import subprocess
     from collections.abc import Iterator
 
-    from .examined import Host
-    from .findings import Finding
+    from nvhook.commands.doctor.examined import Host
+    from nvhook.commands.doctor.findings import Finding
 
 _SMI = "nvidia-smi"
 _LIBRARIES = (

@@ -11,15 +11,14 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from nvhook import host, inventory, kmods, mig, plan, procfs, requirements
+from nvhook.commands.info import live, processes
+from nvhook.commands.info.live import Now
+from nvhook.commands.info.processes import Process
 from nvhook.config import CAPABILITIES, Config
 from nvhook.driver import Driver
 from nvhook.errors import DriverError, NvhookError, reason
 from nvhook.gpus import Gpus
 from nvhook.request import Request
-
-from . import live, processes
-from .live import Now
-from .processes import Process
 
 _NVIDIA = "0x10de"  # PCI vendor
 _DISPLAY = "0x03"  # PCI class: display controllers, which all GPUs are

@@ -13,22 +13,21 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from nvhook import caps, dri, features, host, inventory, mig, plan, sockets
+from nvhook.commands import load, terminal
+from nvhook.commands.info import overview
 from nvhook.config import CAPABILITIES
 from nvhook.errors import NvhookError, one_line
 from nvhook.gpus import Gpus, Selection
 from nvhook.request import FEATURES, Request
 
-from . import load, overview, terminal
-
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from nvhook.commands import Subparsers
     from nvhook.config import Config
     from nvhook.driver import Driver
     from nvhook.edits import Device
     from nvhook.extras import Node
-
-    from . import Subparsers
 
 # In the order of the table -> the list of it in JSON.
 _KINDS = {

@@ -10,23 +10,22 @@ import fnmatch
 import os
 import shlex
 
+from nvhook.commands.configure.documents import Json, Toml, lookup
+from nvhook.commands.configure.engines import ENGINES
+from nvhook.commands.doctor import dockerd
+from nvhook.commands.doctor.checks_system import PLACES
+from nvhook.commands.doctor.findings import failure, ok, skipped, warning
+from nvhook.commands.doctor.programs import HOOK, NVIDIA, OURS, RUNTIME, whose
 from nvhook.errors import ConfigError, reason
-
-from . import dockerd
-from .checks_system import PLACES
-from .documents import Json, Toml, lookup
-from .engines import ENGINES
-from .findings import failure, ok, skipped, warning
-from .programs import HOOK, NVIDIA, OURS, RUNTIME, whose
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from .documents import Path, Table
-    from .engines import Engine
-    from .examined import Host
-    from .findings import Finding
+    from nvhook.commands.configure.documents import Path, Table
+    from nvhook.commands.configure.engines import Engine
+    from nvhook.commands.doctor.examined import Host
+    from nvhook.commands.doctor.findings import Finding
 
 _NAME = "*"  # stands for the name of a runtime in the paths of engines.py
 # The files of an engine, in the order in which it reads them; a later one counts.

@@ -15,16 +15,15 @@ import json
 import os
 import stat
 
+from nvhook.commands.configure.documents import Document, lookup, same
 from nvhook.errors import ConfigError, reason
-
-from .documents import Document, lookup, same
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterable
     from typing import Any
 
-    from .documents import Path, Table
+    from nvhook.commands.configure.documents import Path, Table
 
     Settings = list[tuple[Path, object]]
     # path, before: the text or null, written: digest of what we wrote, settings, directories: made for the file

@@ -16,10 +16,9 @@ import subprocess
 from typing import Any
 
 from nvhook import spec
+from nvhook.commands.explain import dockerapi
+from nvhook.commands.explain.dockerapi import Json, member, variables
 from nvhook.errors import ContainerError, reason
-
-from . import dockerapi
-from .dockerapi import Json, member, variables
 
 # Below /run -> the names of containers; a star stands for any one directory.
 _STATES = (

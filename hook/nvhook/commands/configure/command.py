@@ -12,17 +12,16 @@ import re
 import shutil
 import sys
 
+from nvhook.commands import load
+from nvhook.commands.configure import changes
+from nvhook.commands.configure.engines import ENGINES, SWARM_VARIABLE, Wanted
 from nvhook.errors import ConfigError
-
-from . import changes, load
-from .engines import ENGINES, SWARM_VARIABLE, Wanted
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from nvhook.commands import Subparsers
+    from nvhook.commands.configure.engines import Engine
     from nvhook.config import Config
-
-    from . import Subparsers
-    from .engines import Engine
 
 _RUNTIME = "nvidia-container-runtime"
 _COLOURS = {"+": "\033[32m", "-": "\033[31m", "@": "\033[36m"}

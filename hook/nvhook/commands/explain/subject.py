@@ -7,8 +7,7 @@ from __future__ import annotations
 import os
 
 from nvhook import spec
-
-from . import actual, dockerapi, dockerline, locate
+from nvhook.commands.explain import actual, dockerapi, dockerline, locate
 
 # Under these names dockerd, Podman and the wrapper put it there.
 _HOOKS = ("nvidia-container-runtime-hook", "nvidia-container-toolkit")

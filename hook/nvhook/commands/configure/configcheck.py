@@ -15,16 +15,15 @@ import re
 import stat
 
 from nvhook import config, plaintoml
+from nvhook.commands.configure.documents import fault
 from nvhook.errors import one_line, reason
-
-from .documents import fault
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     import argparse
     from typing import Any
 
-    from . import Subparsers
+    from nvhook.commands import Subparsers
 
 SCHEMA = os.path.join(os.path.dirname(os.path.abspath(__file__)), "config.schema.json")
 

@@ -20,19 +20,17 @@ import re
 import shutil
 
 from nvhook import gpus
+from nvhook.commands.configure.changes import File
+from nvhook.commands.configure.documents import Json, Toml, dotted, lookup, same
 from nvhook.errors import ConfigError, DeviceError
-
-from .changes import File
-from .documents import Json, Toml, dotted, lookup, same
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from nvhook.commands.configure.changes import Settings
+    from nvhook.commands.configure.documents import Path, Table
     from nvhook.config import Config
-
-    from .changes import Settings
-    from .documents import Path, Table
 
 SWARM_KIND = "NVIDIA-GPU"
 # What dockerd makes of the kind, in capitals, with the ids of the GPUs that a task was given behind it.
