@@ -31,8 +31,7 @@ class Patient:
         self.host = place
         self.root = place / "driver"
         self.config = configure(place, place / "config.toml", place / "run")
-        for name in ("runc", "flock"):
-            self.program(f"usr/bin/{name}", "#!/bin/sh\n")
+        self.program("usr/bin/runc", "#!/bin/sh\n")
         for source in (WRAPPER, HOOK):
             self.program(f"usr/bin/{source.name}", source.read_text())
         self.write("sys/fs/cgroup/cgroup.controllers", "cpu memory\n")

@@ -102,15 +102,6 @@ def _version(program: str) -> str:
     return done.stdout.partition("\n")[0].replace(" version ", " ", 1)
 
 
-def check_flock(host: Host) -> Iterator[Finding]:
-    """The hook that waits for the process which stands by is sh, with the lock as a program."""
-    if any(host.is_program(f"{place}/flock") for place in PLACES):
-        yield ok("flock", "is there: a start can be prepared while runc makes the container")
-    else:
-        why = "is not there: no start can be prepared while runc makes the container, each takes longer"
-        yield warning("flock", why, "install util-linux")
-
-
 def check_state_directory(host: Host) -> Iterator[Finding]:
     path = host.config.state_dir
     try:

@@ -52,7 +52,6 @@ CHECKS: tuple[tuple[str, Check], ...] = (
     ("config", checks_system.check_config),
     ("state-dir", checks_system.check_state_directory),
     ("runtime", checks_system.check_runtime),
-    ("flock", checks_system.check_flock),
     ("programs", checks_leftovers.check_programs),
     ("hooks", checks_leftovers.check_hooks),
     ("cdi", checks_leftovers.check_cdi),
