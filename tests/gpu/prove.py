@@ -29,6 +29,11 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from containers import REPOSITORY, TRIPLET, Bundle, add_program, make_image
+from simhost.build import build
+
+PACKAGES = os.environ.get("NVHOOK_PACKAGES") or str(REPOSITORY / "build/packages")
+sys.path.append(PACKAGES)
+import cdi_engine  # noqa: E402 - it takes PyYAML
 
 # What a start could leave behind, or change by mistake: every place that edits are aimed at, as the host has it.
 _WATCHED = ("/dev", "/etc", "/usr/bin", "/usr/sbin", "/usr/lib", "/lib64", "/usr/local/nvidia", "/var/lib", "/opt")
@@ -194,6 +199,70 @@ def prove_user_namespace(proof: Proof, runtime: str, image: Path, host_list: str
     holds = result.stdout.startswith(host_list) and " /etc" in result.stdout and "\n65534 " not in result.stdout
     holds = holds and "seen" not in result.stdout
     proof.check(f"{Path(runtime).name}: in a user namespace", holds=holds, shown=result.stdout + result.stderr)
+
+
+def prove_commands(proof: Proof, installed: Path, image: Path, host_list: str) -> None:
+    """What `nvhook` and nvidia-container-cli say of the host is what nvidia-smi says; a CDI specification serves."""
+
+    def run(*words: str) -> str:
+        env = {**os.environ, "NVHOOK_CONFIG": str(proof.config_for(proof.runtimes[0]))}
+        command = [str(installed / "bin" / words[0]), *words[1:]]
+        done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+        said.append(done.stderr)
+        return done.stdout
+
+    said: list[str] = []
+    info = json.loads(run("nvhook", "info", "--json"))
+    lines = [f"GPU {gpu['index']}: {gpu['name']} (UUID: {gpu['uuid']})" for gpu in info["gpus"]]
+    proof.check("nvhook info lists nvidia-smi's GPUs", holds="".join(f"{line}\n" for line in lines) == host_list)
+    holds = all(gpu["memory_total"] > 1 << 30 for gpu in info["gpus"])
+    proof.check("nvhook info knows how much memory each has", holds=holds, shown=json.dumps(info["gpus"]))
+    listed = run("nvhook", "list", "compute")
+    proof.check("nvhook list has libcuda", holds="libcuda.so" in listed and "/dev/nvidia-uvm" in listed, shown=listed)
+    shown = run("nvidia-container-cli", "--config", str(proof.config_for(proof.runtimes[0])), "info")
+    holds = all(f"GPU UUID: {gpu['uuid']}" in " ".join(shown.split()) for gpu in info["gpus"])
+    proof.check("nvidia-container-cli info has their UUIDs", holds=holds, shown=shown)
+    findings = json.loads(run("nvhook", "doctor", "--json"))
+    bad = [item for item in findings["findings"] if item["status"] == "failure"]
+    proof.check("nvhook doctor finds no failure", holds=not bad, shown=json.dumps(bad, indent=1))
+    containers = [item for item in findings["findings"] if item["check"] == "container"]
+    proof.check("nvhook doctor's own container sees the GPUs", holds=[item["status"] for item in containers] == ["ok"])
+    _prove_description(proof, run("nvhook", "snapshot", "--mask"))
+    _prove_cdi(proof, run("nvhook", "cdi", "generate", "--format", "json"), image, host_list)
+    print("".join(f"      {line}\n" for text in said for line in text.splitlines()), end="")
+
+
+def _prove_description(proof: Proof, text: str) -> None:
+    """Another host is built from it, and would give the same."""
+    place = proof.place / "rebuilt"
+    description = place.with_suffix(".json")
+    description.write_text(text)
+    build(description, place)
+    words = ["plan", "--env", "NVIDIA_VISIBLE_DEVICES=all", "--rootfs", str(proof.place / "image-debian"), "--json"]
+    plans = []
+    for config in (proof.config_for(proof.runtimes[0]), place / "config.toml"):
+        command = [str(proof.wrapper.with_name("nvhook")), *words]
+        env = {**os.environ, "NVHOOK_CONFIG": str(config)}
+        plans.append(json.loads(subprocess.run(command, env=env, check=True, capture_output=True, text=True).stdout))
+    paths = [[edit.get("destination") or edit.get("path") for edit in plan["edits"]] for plan in plans]
+    paths = [[path for path in found if path and not path.startswith("/proc/")] for found in paths]
+    lost = sorted(set(paths[0]) ^ set(paths[1]))
+    proof.check("a host built from nvhook snapshot has the same plan", holds=not lost, shown="\n".join(lost))
+
+
+def _prove_cdi(proof: Proof, text: str, image: Path, host_list: str) -> None:
+    """Merged into config.json as an engine would, and started by the low-level runtime alone."""
+    path = proof.place / "cdi.json"
+    path.write_text(text)
+    kind = json.loads(text)["kind"]
+    for runtime in proof.runtimes:
+        for name in ("all", "0"):
+            bundle = proof.bundle(image).write(["/bin/sh", "-c", "nvidia-smi -L"], {})
+            cdi_engine.inject(bundle.config, path, f"{kind}={name}")
+            result = bundle.write().run(None, runtime=runtime, wrapper=Path(runtime))
+            expected = host_list if name == "all" else host_list.splitlines(keepends=True)[0]
+            what = f"{Path(runtime).name}: nvidia-smi -L by CDI device `{name}` equals the host's"
+            proof.check(what, holds=result.stdout == expected, shown=result.stdout + result.stderr)
 
 
 def prove_docker(proof: Proof, installed: Path, image: Path, host_list: str, cuda: bool) -> None:
@@ -373,6 +442,7 @@ def main() -> int:
                 steps.append(lambda r=runtime: prove_requirements(proof, r, images["debian"]))  # type: ignore[misc]
             for step in steps:
                 step()
+        prove_commands(proof, place / "prefix", images["debian"], host_list)
         if shutil.which("dockerd"):
             prove_docker(proof, place / "prefix", images["debian"], host_list, program is not None)
         else:
