@@ -153,8 +153,10 @@ def test_silent(host: Host) -> None:
     trail.read(_spec(ALL), [])
     trail.chosen = Selection(GPUS, [])
     trail.grant()
-    trail.refuse("x")
+    trail.refuse("by policy", "warning")
     assert (host.told(), host.logged()) == ([], [])
+    trail.refuse("mount error: x")  # of who was granted, by another process, and does not start
+    assert [line.partition(" why=")[2] for line in host.told()] == ['"mount error: x"']
 
 
 @pytest.mark.parametrize(("level", "expected"), [("debug", 3), ("info", 3), ("warning", 2), ("error", 1), ("panic", 1)])
@@ -330,3 +332,24 @@ def test_hook_that_fails_in_the_container(shop: Workshop) -> None:
     assert bundle.run(None, wrapper=Path("runc")).returncode != 0
     (line,) = _messages(log)
     assert ' why="mount error: ' in line
+
+
+@pytest.mark.root
+@pytest.mark.parametrize("standby", [True, False])
+def test_granted_by_the_wrapper_and_failed_in_the_container(shop: Workshop, standby: bool) -> None:
+    """By the process that stands by, and by the hook alone, when a file is in the way of that process."""
+    path, log = _log_of(shop)
+    if not standby:
+        state = shop.new("state")
+        state.mkdir()
+        (state / "standby").write_text("")
+        former = path.read_text().rpartition('state-dir = "')[2].partition('"')[0]
+        path.write_text(path.read_text().replace(former, str(state)))
+    bundle = shop.bundle()
+    (bundle.rootfs / "usr/bin/nvidia-smi").mkdir()
+    assert bundle.write(["/bin/true"], ALL).run(path).returncode == 1
+    granted, refused = (line if isinstance(line, str) else line["msg"] for line in _messages(log))
+    assert f'GPUs granted: container="{bundle.id}"' in granted
+    assert (
+        f'hook: GPUs refused: container="{bundle.id}" asked_by="NVIDIA_VISIBLE_DEVICES" why="mount error: ' in refused
+    )

@@ -38,10 +38,21 @@ class Audit:
     """Lines about one container. `container` is its id; `chosen` what it gets, once that is known.
 
     log      writes a line with its level to more files than that of config.toml, in its place
-    silent   somebody else writes the lines
+    silent   somebody else has written who gets what, and only an error that stops the start is left to write
     """
 
-    __slots__ = ("_config", "_described", "_file", "_log", "_program", "_socket", "asked", "chosen", "container")
+    __slots__ = (
+        "_config",
+        "_described",
+        "_file",
+        "_log",
+        "_program",
+        "_silent",
+        "_socket",
+        "asked",
+        "chosen",
+        "container",
+    )
 
     def __init__(
         self,
@@ -55,7 +66,8 @@ class Audit:
         self._config = config
         self._program = program
         self._log = log
-        self._file = -2 if silent else -1
+        self._silent = silent
+        self._file = -1
         self._socket = -1
         self._described: Spec | None = None
         self.container = container
@@ -112,7 +124,7 @@ class Audit:
         self._file = open_log(self._config.log_file)
 
     def _write(self, level: str, what: str, facts: dict[str, str]) -> None:
-        if self._file == -2 or level in _SILENT.get(self._config.log_level, ()):
+        if (self._silent and level != "error") or level in _SILENT.get(self._config.log_level, ()):
             return
         # In quotes, and on one line: no name that an image chose can pass for a fact.
         values = {"container": self.container, **facts}

@@ -22,7 +22,7 @@ import select
 import signal
 import time
 
-from nvhook import leftovers, spec
+from nvhook import audit, leftovers, spec
 from nvhook.errors import NvhookError, SpecError, one_line
 from nvhook.linux import userns
 
@@ -150,6 +150,8 @@ def _stand_by(task: Task, place: str, ends: list[int], runtime: int) -> None:
     over = os.pidfd_open(runtime)
     said: list[str] = []
     ahead, fault = _prepare(task, said)
+    trail = audit.Audit(task.config, "nvidia-container-runtime-hook", task.id, silent=True)
+    trail.expect(task.asked)  # opens its files, before another mount namespace is entered
     sweep(os.path.dirname(place), but=os.path.basename(place))
     asked = ask in select.select([ask, over], [], [])[0]
     # The hook has opened what it needs. From here on there is no name of ours, whatever becomes of us.
@@ -163,6 +165,7 @@ def _stand_by(task: Task, place: str, ends: list[int], runtime: int) -> None:
         return  # another container than was thought: the hook reads all of it itself
     except NvhookError as error:
         status = 1
+        trail.refuse(str(error))
         said.append(str(error))
     say(answer, status, [f"nvidia-container-runtime-hook: {line}" for line in said])
 

@@ -253,4 +253,5 @@ def _look_for_processes(config: Config, made: Overview, warnings: list[str]) -> 
         warnings.append(f"read `{proc}`: {reason(error)}; no process is shown")
     if made.hidden:
         remedy = "; run it as root to see all" if os.geteuid() else ""
-        warnings.append(f"{made.hidden} processes could not be looked at{remedy}")
+        what = "one process" if made.hidden == 1 else f"{made.hidden} processes"
+        warnings.append(f"{what} could not be looked at{remedy}")
