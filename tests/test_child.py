@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import time
 
@@ -45,3 +46,19 @@ def test_watch_ends_in_time(script: str) -> None:
     begin = time.monotonic()
     assert _run(script, seconds=1) == (-1, "not finished after 1 s")
     assert time.monotonic() - begin < 3
+
+
+def test_readable_beyond_a_thousand_descriptors() -> None:
+    """A container that gets many nodes has many sources open; select(2) ends at 1023."""
+    reading, writing = os.pipe()
+    high = fcntl.fcntl(reading, fcntl.F_DUPFD_CLOEXEC, 1500)
+    try:
+        assert child.readable([high], 0) == []
+        os.write(writing, b"x")
+        assert child.readable([high], 10) == [high]
+        os.close(writing)
+        os.read(high, 1)
+        assert child.readable([high]) == [high]  # its end
+    finally:
+        os.close(reading)
+        os.close(high)

@@ -161,14 +161,16 @@ def discover(
             f"open the driver root `{driver_root}`: {reason(error)}",
             "see `nvidia-container-cli.root` in config.toml",
         ) from None
-    entries = _cached(root, ldcache_path)
-    directories = _directories(entries)
-    libraries, others = _libraries(root, directories, version)
-    if not any(item.soname in ("libcuda.so.1", "libnvidia-ml.so.1") for item in libraries):
-        raise _not_found(driver_root, version, others, directories)
-    firmware = datafiles.firmware_directories(proc_root, driver_root)
-    files = datafiles.find(root, directories, version, warnings, firmware)
-    return Driver(version, _with_capabilities(libraries), _binaries(root, directories), files)
+    try:
+        directories = _directories(_cached(root, ldcache_path))
+        libraries, others = _libraries(root, directories, version)
+        if not any(item.soname in ("libcuda.so.1", "libnvidia-ml.so.1") for item in libraries):
+            raise _not_found(driver_root, version, others, directories)
+        firmware = datafiles.firmware_directories(proc_root, driver_root)
+        files = datafiles.find(root, directories, version, warnings, firmware)
+        return Driver(version, _with_capabilities(libraries), _binaries(root, directories), files)
+    finally:
+        os.close(root.fd)
 
 
 def _not_found(driver_root: str, version: str, others: set[str], directories: list[str]) -> DriverError:

@@ -17,11 +17,11 @@ from __future__ import annotations
 import fcntl
 import gc
 import os
-import select
 import signal
 import time
 
 from nvhook.linux import userns
+from nvhook.linux.child import readable
 
 from . import standby
 
@@ -100,7 +100,7 @@ def _serve(place: str, lock: int) -> None:
     with open(os.open(f"{place}/pid.new", standby.NEW_FILE, 0o600), "w") as file:
         file.write(f"{os.getpid()}\n")
     os.rename(f"{place}/pid.new", f"{place}/pid")
-    while asked := select.select([slot.ask for slot in slots], [], [], _SECONDS)[0]:
+    while asked := readable([slot.ask for slot in slots], _SECONDS):
         if _version_of_code() != code:
             break  # another version has been installed
         for slot in slots:

@@ -18,13 +18,13 @@ from __future__ import annotations
 
 import fcntl
 import os
-import select
 import signal
 import time
 
 from nvhook import audit, leftovers, spec
 from nvhook.errors import NvhookError, SpecError, one_line
 from nvhook.linux import userns
+from nvhook.linux.child import readable
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -153,7 +153,7 @@ def _stand_by(task: Task, place: str, ends: list[int], runtime: int) -> None:
     trail = audit.Audit(task.config, "nvidia-container-runtime-hook", task.id, silent=True)
     trail.expect(task.asked)  # opens its files, before another mount namespace is entered
     sweep(os.path.dirname(place), but=os.path.basename(place))
-    asked = ask in select.select([ask, over], [], [])[0]
+    asked = ask in readable([ask, over])
     # The hook has opened what it needs. From here on there is no name of ours, whatever becomes of us.
     _remove(place)
     if not asked:

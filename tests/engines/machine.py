@@ -159,8 +159,9 @@ class Machine:
         if self._namespace:
             if self._daemon:
                 self.send(signal.SIGTERM)
-                with contextlib.suppress(TimeoutError):
-                    wait("only the first process is left", lambda: not self.processes(), 20)
+            # Without a daemon there is what follows a container's end all the same: Podman's conmon.
+            with contextlib.suppress(TimeoutError):
+                wait("only the first process is left", lambda: not self.processes(), 20)
             left = [f"process: {name}" for _, name in self.processes()]
         assert self._init.stdin
         self._init.stdin.close()

@@ -85,10 +85,12 @@ def _at(traps: Path, *groups: dict[str, str]) -> dict[str, str]:
 
 class Trace:
     """What strace saw of our processes: `opened` everything, `programs` what they became, `late` what was opened by a
-    path from `/` in the container's mount namespace, before the tree was all there is to see."""
+    path from `/` in the container's mount namespace, before the tree was all there is to see. `searched` are
+    directories below a root that names were looked up in (LD_LIBRARY_PATH, fitness.py), and nothing was read of."""
 
     def __init__(self, directory: Path) -> None:
         self.opened: list[str] = []
+        self.searched: list[str] = []
         self.programs: list[str] = []
         self.late: list[str] = []
         self._lines = {path.suffix[1:]: path.read_text(errors="replace") for path in directory.glob("trace.*")}
@@ -112,9 +114,13 @@ class Trace:
                 is_ours = False
             found = re.match(r'open(?:at2?)?\((?:(AT_FDCWD|\d+), )?"(.*?)"', call)
             if found and is_ours:
-                self.opened.append(found[2])
+                (self.searched if _is_search(call) else self.opened).append(found[2])
                 if is_inside and found[1] == "AT_FDCWD" and "ENOENT" not in result:
                     self.late.append(found[2])
+
+
+def _is_search(call: str) -> bool:
+    return call.startswith("openat2(") and "O_PATH|O_DIRECTORY" in call and "RESOLVE_IN_ROOT" in call
 
 
 def _traced(shop: Workshop) -> tuple[Bundle, Path, Path]:
@@ -138,8 +144,10 @@ def _check(bundle: Bundle, marker: Path) -> Trace:
     assert not marker.exists()
     assert not (bundle.rootfs / "sprung").exists()
     assert any("nvhook/" in path and "/prestart." in path for path in trace.opened)
-    assert [str(bundle.rootfs)] == sorted({path for path in trace.opened if path.startswith(str(bundle.rootfs))})
+    looked_at = [*trace.opened, *trace.searched]
+    assert [str(bundle.rootfs)] == sorted({path for path in looked_at if path.startswith(str(bundle.rootfs))})
     assert [path for path in trace.opened if "traps" in path or "evil" in path] == []
+    assert {path for path in trace.searched if "traps" in path or "evil" in path} <= {"/traps"}
     names = {Path(name).name for name in (*_MODULES, *_OTHERS)}
     assert [path for path in trace.opened if not path.startswith("/") and Path(path).name in names] == []
     assert set(trace.late) <= {"proc", "sys", "dev"}  # which the child that becomes ldconfig covers up before that

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A child process that may not take for ever: its end, and what it said last."""
+"""Waiting, but not for ever: for descriptors, and for a child process's end and what it said last."""
 
 from __future__ import annotations
 
@@ -8,6 +8,17 @@ import select
 import time
 
 _OUTPUT = 4096
+
+
+def readable(fds: list[int], seconds: float | None = None) -> list[int]:
+    """Those of `fds` that can be read, or are at their end, after `seconds` at most; None: however long it takes.
+
+    select(2) would refuse numbers above 1023.
+    """
+    waiting = select.poll()
+    for fd in fds:
+        waiting.register(fd, select.POLLIN)
+    return [fd for fd, _ in waiting.poll(None if seconds is None else max(0.0, seconds) * 1000)]
 
 
 def watch(child: int, output: int, seconds: int) -> tuple[int, str]:
@@ -39,7 +50,7 @@ def _listen(pidfd: int, output: int, seconds: int) -> tuple[bytes, bool]:
     waiting = [pidfd, output]
     end = time.monotonic() + seconds
     while waiting and (left := end - time.monotonic()) > 0:
-        ready, _, _ = select.select(waiting, [], [], 0 if is_over else left)
+        ready = readable(waiting, 0 if is_over else left)
         if pidfd in ready:
             is_over = True
             waiting.remove(pidfd)

@@ -18,10 +18,10 @@ import errno
 import fcntl
 import os
 import resource
-import select
 import time
 
 from . import kernel
+from .child import readable
 
 _CHUNK = 1 << 16
 _DYING = 1.0  # seconds
@@ -117,7 +117,7 @@ def _watch(first: int, output: int, bounds: Bounds) -> Ended:
     """The first process and the keeper hold the pipe open too, so it is at its end when they are."""
     text, printed = bytearray(), 0
     end = time.monotonic() + bounds.seconds
-    while select.select([output], [], [], max(0.0, end - time.monotonic()))[0]:
+    while readable([output], end - time.monotonic()):
         chunk = os.read(output, _CHUNK)
         if not chunk:
             status = os.waitstatus_to_exitcode(os.waitpid(first, 0)[1]) & 0xFF
@@ -137,7 +137,7 @@ def _end(first: int) -> None:
     over = os.pidfd_open(first)
     try:
         os.kill(first, 9)
-        select.select([over], [], [], _DYING)
+        readable([over], _DYING)
         os.waitpid(first, os.WNOHANG)
     finally:
         os.close(over)
