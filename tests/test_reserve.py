@@ -339,3 +339,33 @@ def _ends_with(path: Path, text: str) -> bool:
         return path.read_text(errors="replace").endswith(text)
     except OSError:  # gone
         return False
+
+
+# As conmon does: it inherits whoever is left below it, and ends after them.
+_CONMON = """
+import ctypes, os, sys
+assert ctypes.CDLL(None).prctl(36, 1, 0, 0, 0) == 0  # PR_SET_CHILD_SUBREAPER
+os.spawnv(os.P_WAIT, sys.argv[1], sys.argv[1:])
+while True:
+    try:
+        os.wait()
+    except ChildProcessError:
+        break
+"""
+
+
+def test_none_below_one_who_waits_for_it(tmp_path: Path, installed: Installed) -> None:
+    place = tmp_path / "reserve"
+    long = _SHORT.replace("0.2", "60")
+    command = [
+        "/usr/bin/python3",
+        "-c",
+        _CONMON,
+        "/usr/bin/python3",
+        "-IS",
+        "-c",
+        long,
+        f"{installed.prefix}/lib/nvhook",
+    ]
+    subprocess.run([*command, str(place)], check=True, timeout=10)
+    assert os.listdir(place) == ["lock"]

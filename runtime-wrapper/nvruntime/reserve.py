@@ -30,6 +30,8 @@ _PATIENCE = 60  # for one request, and for a slot that was taken by who never as
 _SLOTS = 16
 _MAX_TEXT = 1 << 16  # ask.sh writes less
 _FIFOS = ("ask", "answer")
+# Who inherits processes and waits for none of them. Podman's and CRI-O's conmon ends after its last child.
+_REAPERS = ("systemd", "init", "containerd-shim")
 _CODE = os.path.dirname(os.path.abspath(__file__))
 
 
@@ -88,11 +90,13 @@ def leave(place: str) -> None:
 
 def _serve(place: str, lock: int) -> None:
     os.setsid()
-    standby.be_called("nvhook-reserve")
     os.environ.clear()  # of whoever was the first
     standby.only([lock])
     code = _version_of_code()
     _load()
+    if not _is_nobodys_child():
+        return
+    standby.be_called("nvhook-reserve")
     gc.disable()  # a child is soon over, and a collection would copy all that it shares with this process
     _clear(place)
     slots = [Slot(f"{place}/{number}") for number in range(_SLOTS)]
@@ -110,6 +114,23 @@ def _serve(place: str, lock: int) -> None:
             elif slot.is_forgotten():
                 slot.renew()
     _clear(place)
+
+
+def _is_nobodys_child() -> bool:
+    """Whether the process that has inherited us does not wait for us: else it would be there for as long as we are."""
+    own = _name_of(os.getpid())
+    end = time.monotonic() + 1
+    while (name := _name_of(os.getppid())) == own and time.monotonic() < end:
+        time.sleep(0.001)  # whoever forked us is about to end
+    return os.getppid() == 1 or name.startswith(_REAPERS)
+
+
+def _name_of(pid: int) -> str:
+    try:
+        with open(f"/proc/{pid}/comm") as file:
+            return file.read().strip()
+    except OSError:
+        return ""
 
 
 def _version_of_code() -> list[tuple[int, int]]:
