@@ -5,7 +5,7 @@ PREFIX = /usr/local
 SYSCONFDIR = /etc
 DESTDIR =
 
-.PHONY: bench demo fuzz install man test test-engines test-security uninstall
+.PHONY: bench deb demo fuzz install man rpm sbom test test-engines test-security uninstall
 
 demo:
 	scripts/demo
@@ -34,6 +34,13 @@ install: build/man/nvhook.1
 
 uninstall:
 	scripts/install uninstall '$(PREFIX)' '$(SYSCONFDIR)' '$(DESTDIR)'
+
+# into build/dist; what the tools are called in Debian: dpkg-dev, rpm
+deb rpm: build/man/nvhook.1
+	packaging/build $@
+
+sbom: build/requirements.stamp
+	.venv/bin/python scripts/sbom.py build/dist
 
 # from the commands' own words
 man: build/man/nvhook.1

@@ -8,7 +8,7 @@ import argparse
 import os
 import sys
 
-from .commands import completion, plan
+from .commands import completion, plan, refresh
 from .commands.cdi import command as cdi
 from .commands.configure import command as configure
 from .commands.configure import configcheck
@@ -28,6 +28,7 @@ _COMMANDS = (
     doctor,
     snapshot,
     cdi,
+    refresh,
     configure,
     configcheck,
     completion,
