@@ -35,7 +35,8 @@ def _by_classifier(package: Distribution) -> str:
 
 
 def _first(package: Distribution, key: str) -> str:
-    return (package.metadata.get_all(key) or [""])[0]
+    values = package.metadata.get_all(key)
+    return str(values[0]) if values else ""
 
 
 def document(packages: Path) -> dict[str, Any]:

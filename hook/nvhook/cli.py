@@ -8,7 +8,7 @@ import argparse
 import os
 import sys
 
-from .commands import completion, plan, refresh
+from .commands import completion, devchar, plan, refresh
 from .commands.cdi import command as cdi
 from .commands.configure import command as configure
 from .commands.configure import configcheck
@@ -29,6 +29,7 @@ _COMMANDS = (
     snapshot,
     cdi,
     refresh,
+    devchar,
     configure,
     configcheck,
     completion,

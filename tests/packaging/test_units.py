@@ -1,0 +1,57 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The systemd units: systemd takes them, and what they start does its work with what they leave it."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from conftest import cannot
+from containers import REPOSITORY, configure
+
+UNITS = sorted((REPOSITORY / "packaging/systemd").iterdir())
+
+
+def _commands() -> list[str]:
+    text = (REPOSITORY / "packaging/systemd/nvhook-refresh.service").read_text()
+    return [line.partition("=")[2] for line in text.splitlines() if line.startswith("ExecStart=")]
+
+
+def test_systemd_takes_them(tmp_path: Path) -> None:
+    if not shutil.which("systemd-analyze"):
+        cannot("systemd-analyze is not installed")
+    for unit in UNITS:
+        text = unit.read_text().replace("Documentation=man:nvhook(1)\n", "")
+        (tmp_path / unit.name).write_text(text.replace("/usr/bin/nvhook", str(REPOSITORY / "scripts/nvhook")))
+    command = ["systemd-analyze", "verify", *(str(tmp_path / unit.name) for unit in UNITS)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    ours = [line for line in done.stderr.splitlines() if "nvhook" in line]
+    assert (done.returncode, ours) == (0, [])
+
+
+@pytest.mark.root
+def test_what_they_start(simhost: Callable[[str], Path], tmp_path: Path) -> None:
+    """With the capabilities of the unit and no other, and without new privileges."""
+    settings = configure(simhost("a100x2"), tmp_path / "config.toml", tmp_path / "state")
+    (tmp_path / "state").mkdir()
+    assert _commands() == ["/usr/bin/nvhook refresh", "/usr/bin/nvhook create-dev-char-symlinks"]
+    for command in _commands():
+        words = ["setpriv", "--bounding-set=-all,+dac_read_search", "--inh-caps=-all", "--no-new-privs"]
+        words += [str(REPOSITORY / "scripts/nvhook"), *command.split()[1:]]
+        words += ["--dev-char-path", str(tmp_path / "char")] if "dev-char" in command else []
+        env = {"PATH": "/usr/bin:/bin", "NVHOOK_CONFIG": str(settings)}
+        done = subprocess.run(words, env=env, capture_output=True, text=True, check=False)
+        assert (done.returncode, done.stderr) == (0, "")
+    assert (tmp_path / "state/inventory.json").exists()
+    assert (tmp_path / "char/195:0").is_symlink()
+
+
+def test_rule_names_the_unit() -> None:
+    text = (REPOSITORY / "packaging/udev/60-nvhook.rules").read_text()
+    rules = [line for line in text.splitlines() if line and not line.startswith("#")]
+    assert rules
+    assert all('ENV{SYSTEMD_WANTS}+="nvhook-refresh.service"' in rule for rule in rules)
