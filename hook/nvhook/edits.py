@@ -303,6 +303,9 @@ class Mount(Edit):
                 if self._inside:
                     self.traces.clear()  # what was made is gone with the tmpfs
         except OSError as error:
+            if error.errno == errno.ENOENT and not os.fstat(self._source.fd).st_nlink:
+                why = f"`{self.source}` disappeared while the container was prepared"
+                raise MountError(why, "start it again, when the driver is not being replaced") from None
             raise MountError(f"mount `{self.source}` on `{self.destination}`: {reason(error)}") from None
 
     def _parent(self, container: Container, path: str) -> tuple[int, str]:
