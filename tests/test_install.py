@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 from pathlib import Path
 
@@ -142,3 +143,79 @@ def test_uninstall_while_an_engine_is_configured(tmp_path: Path) -> None:
     assert result.returncode == 1
     assert "`nvhook configure ENGINE --remove`" in result.stderr
     assert before == sorted(tmp_path.rglob("*"))
+
+
+# A host that is not as it should be
+
+
+def _refused(*words: str, **more: str) -> str:
+    """The one line that the script ends with."""
+    done = subprocess.run(words, capture_output=True, text=True, check=False, env={**os.environ, **more})
+    assert done.returncode == 1
+    assert done.stderr.count("\n") == 1
+    return done.stderr
+
+
+@pytest.mark.root
+def test_prefix_where_nothing_can_be_executed(tmp_path: Path) -> None:
+    place = tmp_path / "prefix"
+    place.mkdir()
+    script = f'mount -t tmpfs -o noexec tmpfs {place}; exec "$@"'
+    words = ("unshare", "--mount", "sh", "-euc", script, "sh", str(INSTALL), "install", str(place), f"{tmp_path}/etc")
+    assert "(noexec): choose another PREFIX\n" in _refused(*words)
+
+
+@pytest.mark.root
+def test_sysconfdir_that_is_read_only(tmp_path: Path) -> None:
+    place = tmp_path / "etc"
+    place.mkdir()
+    script = f'mount -t tmpfs -o ro tmpfs {place}; exec "$@"'
+    words = ("unshare", "--mount", "sh", "-euc", script, "sh", str(INSTALL), "install", str(tmp_path / "p"), str(place))
+    line = _refused(*words)
+    assert f"{place}/nvidia-container-runtime" in line
+    assert "Read-only file system" in line
+
+
+def test_python_that_is_too_old(tmp_path: Path) -> None:
+    old = tmp_path / "python3"
+    old.write_text("#!/bin/sh\nexit 1\n")
+    old.chmod(0o755)
+    line = _refused(str(INSTALL), "install", str(tmp_path / "p"), str(tmp_path / "etc"), PYTHON=str(old))
+    assert line == f"install: {old} is not Python 3.10 or later\n"
+
+
+def test_others_of_the_same_name_are_told(tmp_path: Path) -> None:
+    theirs = tmp_path / "theirs"
+    theirs.mkdir()
+    (theirs / "nvidia-container-runtime").write_text("#!/bin/sh\n")
+    (theirs / "nvidia-container-runtime").chmod(0o755)
+    env = {**os.environ, "PATH": f"{theirs}:/usr/bin:/bin"}
+    words = [str(INSTALL), "install", str(tmp_path / "p"), str(tmp_path / "etc")]
+    done = subprocess.run(words, capture_output=True, text=True, check=True, env=env)
+    ours = tmp_path / "p/bin/nvidia-container-runtime"
+    line = f"install: `{theirs}/nvidia-container-runtime` is found before `{ours}`: remove it, or see `nvhook doctor`"
+    assert line in done.stderr.splitlines()
+
+
+@pytest.mark.parametrize("milliseconds", [20, 60, 120, 250, 500, 900])
+def test_installation_that_is_broken_off(tmp_path: Path, milliseconds: int) -> None:
+    """Over an older one: whatever the moment, what is there works, or the next installation makes it so."""
+    words = [str(INSTALL), "install", str(tmp_path / "p"), str(tmp_path / "etc")]
+    install(*words[1:])
+    again = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    try:
+        again.wait(milliseconds / 1000)
+    except subprocess.TimeoutExpired:
+        os.killpg(again.pid, signal.SIGKILL)
+        again.wait()
+    assert _works(tmp_path) or not (tmp_path / "p/lib/nvhook").exists()
+    install(*words[1:])
+    assert _works(tmp_path)
+    assert sorted(path.name for path in (tmp_path / "p/lib").iterdir()) == ["nvhook"]
+    install("uninstall", *words[2:])
+    assert not (tmp_path / "p").exists()
+
+
+def _works(place: Path) -> bool:
+    commands = [[str(place / "p/bin" / name), "--version"] for name in ("nvhook", "nvidia-container-runtime-hook")]
+    return all(subprocess.run(words, capture_output=True, check=False).returncode == 0 for words in commands)
