@@ -5,7 +5,7 @@ PREFIX = /usr/local
 SYSCONFDIR = /etc
 DESTDIR =
 
-.PHONY: bench deb demo fuzz install man rpm sbom test test-engines test-security uninstall
+.PHONY: bench deb demo docs fuzz install man rpm sbom test test-engines test-security uninstall
 
 demo:
 	scripts/demo
@@ -34,6 +34,10 @@ install: build/man/nvhook.1
 
 uninstall:
 	scripts/install uninstall '$(PREFIX)' '$(SYSCONFDIR)' '$(DESTDIR)'
+
+# the site, in build/site
+docs: build/requirements.stamp
+	.venv/bin/mkdocs build
 
 # into build/dist; what the tools are called in Debian: dpkg-dev, rpm
 deb rpm: build/man/nvhook.1

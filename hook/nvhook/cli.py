@@ -62,6 +62,11 @@ def main(arguments: list[str], default_config: str) -> int:
             print(f"nvhook: warning: {warning}", file=sys.stderr)
 
 
+def console() -> int:
+    """For an installation by pip, which has no launcher of ours."""
+    return main(sys.argv[1:], "/etc/nvidia-container-runtime/config.toml")
+
+
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="nvhook", description="NVIDIA GPUs for OCI containers.")
     parser.add_argument("--version", action="version", version=f"nvhook {VERSION}")
