@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+import bench
 import docpages
 from containers import REPOSITORY, make_image
 
@@ -63,12 +64,33 @@ def test_links_of_the_readme_lead_somewhere() -> None:
     assert [link for link in links if "://" not in link and not (REPOSITORY / link).exists()] == []
 
 
-def test_readme_claims_what_tests_show() -> None:
-    table = (REPOSITORY / "README.md").read_text().partition("| shown by |")[2].partition("\n## ")[0]
-    named = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", table)
-    assert len(named) >= table.count("\n| ")
-    for path, function in named:
-        assert f"\ndef {function}(" in (REPOSITORY / path).read_text()
+TABLE = (REPOSITORY / "README.md").read_text().partition("| | shown by |")[2].partition("\n\n")[0]
+CLAIMS = [line.strip("| ").split(" | ") for line in TABLE.splitlines() if line.startswith("| ")]
+
+
+def test_readme_has_claims() -> None:
+    assert len(CLAIMS) > 10
+    assert {len(claim) for claim in CLAIMS} == {2}
+
+
+@pytest.mark.parametrize("claim", CLAIMS, ids=[claim[0][:40] for claim in CLAIMS])
+def test_readme_claims_what_is_shown(claim: list[str]) -> None:
+    """By tests that are there, or by a row of the benchmark, whose ratios are those of the page that explains them."""
+    said, shown_by = claim
+    names = re.findall("`([^`]+)`", shown_by)
+    assert names
+    for name in names:
+        if name.startswith("make bench ROWS="):
+            assert name.partition("=")[2] in bench.ROWS
+            measured = (DOCS / "performance.md").read_text()
+            assert [ratio for ratio in re.findall(r"\d\.\d\d", said) if ratio not in measured] == []
+        else:
+            _assert_is_a_test(name)
+
+
+def _assert_is_a_test(name: str) -> None:
+    path, _, function = name.partition("::")
+    assert f"\ndef {function}(" in (REPOSITORY / path).read_text()
 
 
 def test_configuration_page_is_the_schema_s() -> None:
