@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -95,6 +96,7 @@ NOT_RUN = {
 # Pages whose ```sh block the test of the page runs as a whole
 SHELL_RUN_BY_PAGE = ("nvidia-container-cli.md",)
 LANGUAGES = ("console", "ini", "json", "sh", "text", "toml", "yaml")
+AT_THE_ROOT = ("CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md")  # pages of the site too, by scripts/sitepages.py
 PAGES = [REPOSITORY / "README.md", REPOSITORY / "CONTRIBUTING.md", *sorted(DOCS.glob("*.md"))]
 SHOWN = sorted(page.name for page in DOCS.glob("*.md") if "```console" in page.read_text())
 
@@ -134,15 +136,33 @@ def test_page_says_what_its_blocks_are(page: Path) -> None:
 
 def test_every_page_is_in_the_site() -> None:
     nav = _nav(yaml.safe_load((REPOSITORY / "mkdocs.yml").read_text())["nav"])
-    assert sorted(nav) == sorted(page.name for page in DOCS.glob("*.md"))
+    assert sorted(nav) == sorted([*(page.name for page in DOCS.glob("*.md")), *AT_THE_ROOT])
 
 
-def test_site_is_built(tmp_path: Path) -> None:
-    """Strictly: a link that leads nowhere is an error."""
-    command = [sys.executable, "-m", "mkdocs", "build", "--quiet", "--site-dir", str(tmp_path / "site")]
-    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert (tmp_path / "site/troubleshooting/index.html").exists()
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Built strictly: a link that leads nowhere is an error."""
+    place = tmp_path_factory.mktemp("site")
+    command = [sys.executable, "-m", "mkdocs", "build", "--quiet", "--site-dir", str(place)]
+    env = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}
+    done = subprocess.run(command, cwd=REPOSITORY, env=env, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout + done.stderr) == (0, "")
+    return place
+
+
+def test_site_has_every_page(site: Path) -> None:
+    titles = [page.read_text().count("<h1") for page in sorted(site.glob("*/index.html"))]
+    assert titles == [1] * len(_nav(yaml.safe_load((REPOSITORY / "mkdocs.yml").read_text())["nav"])[1:])
+
+
+def test_site_loads_nothing_from_elsewhere(site: Path) -> None:
+    """Who reads it asks no other host, and it can be read without a network."""
+    loaded = []
+    for page in site.rglob("*.html"):
+        tags = re.findall(r"<(?:script|link|img|iframe)\b[^>]*>", page.read_text())
+        loaded += [tag for tag in tags if re.search(r"(?:src|href)=[\"']?(?:https?:)?//", tag)]
+    assert loaded == []
+    assert not [sheet for sheet in site.rglob("*.css") if re.search(r"url\([\"']?(?:https?:)?//", sheet.read_text())]
 
 
 def test_links_of_the_readme_lead_somewhere() -> None:
