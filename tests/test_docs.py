@@ -29,6 +29,7 @@ RUN_BY = {
     "list.md": "tests/test_listing.py",
     "nvidia-container-cli.md": "tests/test_containercli.py",
     "plan.md": "tests/test_docs.py",
+    "shared-machines.md": "tests/test_docs.py",
 }
 # Commands of ```sh blocks -> the test that runs such a command, with its own image and places.
 TESTED = {
@@ -36,6 +37,7 @@ TESTED = {
     "ctr run --rm --runc-binary /usr/local/bin/nvidia-container-runtime --env NVIDIA_VISIBLE_DEVICES=all IMAGE NAME "
     "nvidia-smi -L": "tests/engines/test_containerd.py::test_runtime_gives_the_devices_of_the_variable",
     "docker run --rm --gpus all IMAGE nvidia-smi -L": "tests/engines/test_docker.py::test_gpus_option",
+    "docker run --rm --gpus device=0 IMAGE nvidia-smi -L": "tests/engines/test_docker.py::test_gpus_option",
     "docker run --rm --gpus '\"device=0,1\"' IMAGE nvidia-smi -L": "tests/engines/test_docker.py::test_gpus_option",
     "docker run --rm --runtime=nvidia -e NVIDIA_VISIBLE_DEVICES=all IMAGE nvidia-smi -L": (
         "tests/engines/test_docker.py::test_runtime_gives_the_devices_of_the_variable"
@@ -252,6 +254,15 @@ def test_engines_page(tmp_path: Path) -> None:
     }
     back = {ours: page for page, ours in places.items()}
     docpages.check("engines.md", tmp_path, back, {**places, "sudo ": ""})
+
+
+@pytest.mark.root
+def test_shared_machines_page(simhost: Callable[[str], Path], tmp_path: Path) -> None:
+    """On a host with the policy that the page has."""
+    page = (DOCS / "shared-machines.md").read_text()
+    policy = page.partition("```toml\n")[2].partition("```")[0]
+    (tmp_path / "config.toml").write_text(policy + (simhost("a100x2") / "config.toml").read_text())
+    docpages.check("shared-machines.md", tmp_path, {})
 
 
 @pytest.mark.root
