@@ -27,6 +27,7 @@ RUN_BY = {
     "explain.md": "tests/test_explain.py",
     "info.md": "tests/test_info.py",
     "list.md": "tests/test_listing.py",
+    "migration.md": "tests/test_docs.py",
     "nvidia-container-cli.md": "tests/test_containercli.py",
     "plan.md": "tests/test_docs.py",
     "shared-machines.md": "tests/test_docs.py",
@@ -263,6 +264,16 @@ def test_shared_machines_page(simhost: Callable[[str], Path], tmp_path: Path) ->
     policy = page.partition("```toml\n")[2].partition("```")[0]
     (tmp_path / "config.toml").write_text(policy + (simhost("a100x2") / "config.toml").read_text())
     docpages.check("shared-machines.md", tmp_path, {})
+
+
+def test_migration_page(tmp_path: Path) -> None:
+    config = tmp_path / "config.toml"
+    config.write_text(
+        '# as it was\n[nvidia-container-cli]\nenvironment = ["NVIDIA_X=1"]\nload-kmods = true\n\n'
+        '[nvidia-container-runtime]\nlog-level = "info"\nmode = "cdi"\n'
+    )
+    page = "/etc/nvidia-container-runtime/config.toml"
+    docpages.check("migration.md", tmp_path, {str(config): page}, {page: str(config)})
 
 
 @pytest.mark.root
