@@ -37,7 +37,7 @@ uninstall:
 
 # the site, in build/site
 docs: build/requirements.stamp
-	.venv/bin/mkdocs build
+	NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build
 
 # into build/dist; what the tools are called in Debian: dpkg-dev, rpm
 deb rpm: build/man/nvhook.1

@@ -4,8 +4,11 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 sys.path[:0] = [str(Path(__file__).resolve().parent.parent / "hook")]
 
@@ -14,18 +17,44 @@ from nvhook.commands.configure import configcheck  # noqa: E402
 _HEAD = """\
 # Configuration
 
-`/etc/nvidia-container-runtime/config.toml` holds NVIDIA's keys, with NVIDIA's defaults, and the table `[nvhook]`. A dot
-is a table: `nvidia-container-cli.root` is `root` in `[nvidia-container-cli]`. A key that is not honoured, set to
-something that would matter, is named in a warning. `nvhook config check` says what is wrong in a file.
+`/etc/nvidia-container-runtime/config.toml` holds NVIDIA's keys, with NVIDIA's defaults, and the table `[nvhook]`. What
+is not in it has its default, and each start reads it: nothing has to be restarted. A key that is not honoured, set to
+something that would matter, is named in a warning. `nvhook config check` says what is wrong in a file
+([configure](configure.md)).
 
-This page is made from the schema: `.venv/bin/python scripts/configuration.py`.
+The runtime and `nvhook` take another file from the environment variable `NVHOOK_CONFIG`, the hook from its option
+`--config`.
 
+This page is made from the schema: `.venv/bin/python scripts/configuration.py >docs/configuration.md`.
 """
+_DEFAULT = re.compile(r' Default: ("[^"]*"|\[.*?\]|[^."\[]+)\.')
+_NO_TABLE = "Outside of tables"
 
 
 def page() -> str:
     keys = configcheck.keys(json.loads(Path(configcheck.SCHEMA).read_text()))
-    return _HEAD + "\n".join(f"`{key}`\n:   {about['description']}\n" for key, (_, about) in keys.items())
+    tables: dict[str, list[tuple[str, dict[str, Any]]]] = {}
+    for key, (_, about) in keys.items():
+        table, _, name = key.rpartition(".")
+        tables.setdefault(f"`[{table}]`" if table else _NO_TABLE, []).append((name, about))
+    return _HEAD + "".join(line for title, rows in tables.items() for line in _section(title, rows))
+
+
+def _section(title: str, rows: list[tuple[str, dict[str, Any]]]) -> Iterator[str]:
+    """What is honoured comes first."""
+    yield f"\n## {title}\n\n| key | default | |\n|---|---|---|\n"
+    for name, about in sorted(rows, key=lambda row: not row[1]["honoured"]):
+        yield f"| `{name}` | `{json.dumps(about['default'])}` | {_sentence(about)} |\n"
+
+
+def _sentence(about: dict[str, Any]) -> str:
+    """The description without what is in the other columns; that a key is honoured is the rule."""
+    text: str = _DEFAULT.sub("", about["description"])
+    text = re.sub(r" Honoured: (\w?)", lambda found: f" {found[1].upper()}", text.removesuffix(" Honoured."))
+    values = [f"`{value}`" for value in about.get("enum", [])]
+    if any(value not in text for value in values):
+        text += f" One of {', '.join(values)}."
+    return text.replace("Not honoured:", "**Not honoured**:")
 
 
 if __name__ == "__main__":

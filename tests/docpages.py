@@ -16,6 +16,8 @@ from pathlib import Path
 
 REPOSITORY = Path(__file__).parent.parent
 _BLOCK = re.compile(r"^```console\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+_SHELL = re.compile(r"^```sh\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+_FENCED = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
 _ANYTHING = "..."
 
 
@@ -42,8 +44,22 @@ def check(page: str, host: Path, substitutions: Mapping[str, str], commands: Map
 def _examples(text: str) -> list[tuple[str, str]]:
     """(command, output) in the order of the page."""
     parts = ["\n" + block for block in _BLOCK.findall(text)]
+    assert [part for part in parts if not part.startswith("\n$ ")] == [], "a block begins with a command"
     found = [example.partition("\n") for part in parts for example in part.split("\n$ ")[1:]]
     return [(command, output) for command, _, output in found]
+
+
+def shell_commands(page: Path) -> list[str]:
+    """Those of the blocks ```sh, which no simulated host can run: without what is said beside them."""
+    text = "".join(_SHELL.findall(page.read_text())).replace("\\\n", " ")
+    lines = [" ".join(re.sub(r"(^|\s)# .*", "", line).split()) for line in text.splitlines()]
+    return [line for line in lines if line]
+
+
+def bare_blocks(page: Path) -> list[str]:
+    """The first lines of blocks that are indented, so that nobody can tell commands from output in them."""
+    prose = _FENCED.sub("", page.read_text())
+    return re.findall(r"\n\n    (\S.*)", prose)
 
 
 def _words(text: str) -> str:

@@ -42,3 +42,22 @@ def test_check_page_without_an_example(tmp_path: Path) -> None:
     page.write_text("# A page\n")
     with pytest.raises(AssertionError, match="no block"):
         docpages.check(str(page), tmp_path, {})
+
+
+def test_check_block_that_nothing_would_run(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text("```console\n$ true\n```\n\n```console\n# false\n```\n")
+    with pytest.raises(AssertionError, match="begins with a command"):
+        docpages.check(str(page), tmp_path, {})
+
+
+def test_shell_commands(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text("# A page\n\n```sh\none   --two  # of them\n# three\nfour \\\n    five#6\n```\n\n```\nseven\n```\n")
+    assert docpages.shell_commands(page) == ["one --two", "four five#6"]
+
+
+def test_bare_blocks(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text("# A page\n\n    true\n    false\n\n```\n\n    output\n```\n")
+    assert docpages.bare_blocks(page) == ["true"]
