@@ -56,6 +56,10 @@ class Edit:
     def prepare(self, config: Config) -> None:
         """In the host's mount namespace: open what is needed of the host. SourceGone when it has gone."""
 
+    def is_gone(self) -> bool:
+        """Whether what `prepare` has opened has been removed since: it cannot be mounted any more."""
+        return False
+
     def examine(self, container: Container) -> None:
         """Still in the host's mount namespace, and before anything is changed: look at the container's tree."""
 
@@ -282,6 +286,9 @@ class Mount(Edit):
             raise SourceGone(self.source) from None
         except OSError as error:
             raise MountError(f"open `{self.source}`: {reason(error)}") from None
+
+    def is_gone(self) -> bool:
+        return self._source is not None and os.fstat(self._source.fd).st_nlink == 0
 
     def apply(self, container: Container) -> None:
         assert self._source is not None, "prepare() comes first"

@@ -95,7 +95,7 @@ def is_loaded(proc_root: str) -> bool:
 def read(proc_root: str) -> Gpus:
     """Reads `proc_root`/proc; DeviceError when the kernel module is not there or says something unreadable."""
     proc = os.path.join(proc_root, "proc")
-    version = _driver_version(proc)
+    version = driver_version(proc_root)
     return Gpus(version, _gpus(proc), _majors(proc), _node_owner(proc), instances=mig.instances(proc))
 
 
@@ -168,8 +168,9 @@ def _pci_address(text: str) -> tuple[int, int, int, int] | None:
         return None
 
 
-def _driver_version(proc: str) -> str:
-    path = os.path.join(proc, "driver/nvidia/version")
+def driver_version(proc_root: str) -> str:
+    """Of the kernel module that is loaded at this moment; DeviceError."""
+    path = os.path.join(proc_root, "proc/driver/nvidia/version")
     try:
         content = _read(path)
     except FileNotFoundError:

@@ -29,6 +29,7 @@ from . import (
 )
 from . import container as containers
 from . import edits as editing
+from . import gpus as gpus_of_host
 from .errors import ContainerError, DriverError, SpecError, reason
 
 TYPE_CHECKING = False
@@ -68,6 +69,8 @@ def serve(
     Without a `trail` the wrapper has been here: it wrote down who gets what, and the rules of the device cgroup.
     """
     container = containers.find(state.pid, described.rootfs)
+    if ahead:
+        ahead.expect_same_driver(config)
     if ahead is None or not ahead.fits(config, asked, container.root, container.layout):
         ahead = prepare(config, asked, container.root, container.layout, warnings)
     if trail:
@@ -108,7 +111,7 @@ def _note(
 class Preparation:
     """`edits` for what was `chosen`, their sources open, made for a root filesystem that may turn out to be another."""
 
-    __slots__ = ("_compat", "_layout", "_version", "chosen", "edits")
+    __slots__ = ("_compat", "_gpus", "_layout", "chosen", "edits")
 
     def __init__(
         self,
@@ -116,18 +119,27 @@ class Preparation:
         chosen: Selection,
         layout: containers.Layout,
         compatible: str,
-        version: str,
+        gpus: Gpus,
     ) -> None:
         self.edits = edits
         self.chosen = chosen
         self._layout = layout
         self._compat = compatible
-        self._version = version
+        self._gpus = gpus
 
     def fits(self, config: Config, asked: Request, root: Root, layout: containers.Layout) -> bool:
-        """Whether the plan would be the same for this one."""
-        compatible = compat.find(config, asked, root, self._version, self.chosen.brands, [])
-        return layout.describe() == self._layout.describe() and compatible == self._compat
+        """Whether the plan would be the same for this one, and can be carried out."""
+        compatible = compat.find(config, asked, root, self._gpus.driver_version, self.chosen.brands, [])
+        is_same = layout.describe() == self._layout.describe() and compatible == self._compat
+        return is_same and not any(edit.is_gone() for edit in self.edits)
+
+    def expect_same_driver(self, config: Config) -> None:
+        """DriverError for another kernel module than then: its devices have other numbers than those in the spec."""
+        if self._gpus.dxg is not None:
+            return  # on WSL 2 there is no module
+        before, now = self._gpus.driver_version, gpus_of_host.driver_version(config.proc_root)
+        if before != now:
+            raise DriverError(f"driver {before} was replaced by {now} while the container was made", "start it again")
 
 
 def prepare(
@@ -167,9 +179,12 @@ def prepare(
         try:
             _prepare(edits, config)
             fitness.check(config, asked, driver, root, layout, compatible, warnings)
-            return Preparation(edits, chosen, layout, compatible, gpus.driver_version)
         except editing.SourceGone as gone:
             lost = str(gone)
+            continue
+        made = Preparation(edits, chosen, layout, compatible, gpus)
+        made.expect_same_driver(config)
+        return made
     raise DriverError(f"`{lost}` disappeared while the container was prepared", "reinstall the driver")
 
 
