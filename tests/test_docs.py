@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 import docpages
-from containers import REPOSITORY, make_image
+from containers import REPOSITORY, Workshop, make_image
 
 DOCS = REPOSITORY / "docs"
 # Pages with ```console blocks -> the test that runs them.
@@ -26,6 +26,7 @@ RUN_BY = {
     "list.md": "tests/test_listing.py",
     "nvidia-container-cli.md": "tests/test_containercli.py",
     "plan.md": "tests/test_docs.py",
+    "upgrades.md": "tests/test_docs.py",
 }
 SHOWN = sorted(page.name for page in DOCS.glob("*.md") if "```console" in page.read_text())
 
@@ -97,3 +98,9 @@ def test_configure_page(simhost: Callable[[str], Path], tmp_path: Path) -> None:
         "/etc/nvidia-container-runtime/config.toml": str(config),
     }
     docpages.check("configure.md", simhost("a100x2"), {ours: page for page, ours in places.items()}, places)
+
+
+@pytest.mark.root
+def test_upgrades_page(simhost: Callable[[str], Path], tmp_path: Path) -> None:
+    host, _ = Workshop(tmp_path, simhost).copy_of("a100x2")
+    docpages.check("upgrades.md", host, {str(host): ""})
