@@ -69,3 +69,32 @@ def test_directory_that_cannot_be_made(run: Callable[..., int], tmp_path: Path, 
     (tmp_path / "char").write_text("")
     assert run() == 1
     assert capsys.readouterr().err.endswith("; run it as root\n")
+
+
+def test_nodes_that_may_be_made_later(
+    run: Callable[..., int], tmp_path: Path, simhost: Callable[[str], Path], capsys: Capture
+) -> None:
+    """Each node of the host, and one for every MIG instance that there could be."""
+    assert run("--create-all") == 0
+    links = _links(tmp_path / "char")
+    minors = simhost("a100x2") / "proc/driver/nvidia-caps/mig-minors"
+    count = len(minors.read_text().splitlines())
+    assert count == 20
+    assert len([name for name in links if name.startswith("236:")]) == count
+    assert links["236:14"] == "nvidia-cap14"
+    assert {name for name in links if not name.startswith("236:")} == {
+        *("195:0", "195:1", "195:254", "195:255", "511:0", "511:1")
+    }
+    assert capsys.readouterr() == (f"26 links made in {tmp_path}/char\n", "")
+    assert run("--create-all") == 0
+    assert capsys.readouterr() == ("", "")
+
+
+def test_nodes_that_may_be_made_later_without_a_driver(
+    simhost: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = configure(simhost("no-driver"), tmp_path / "config.toml", tmp_path / "state")
+    monkeypatch.setenv("NVHOOK_CONFIG", str(settings))
+    words = ["create-dev-char-symlinks", "--create-all", "--dev-char-path", str(tmp_path / "char")]
+    assert cli.main(words, "/nonexistent") == 0
+    assert not (tmp_path / "char").exists()

@@ -15,7 +15,7 @@ import yaml
 
 import bench
 import docpages
-from containers import REPOSITORY, WRAPPER, make_image
+from containers import REPOSITORY, WRAPPER, Workshop, make_image
 
 DOCS = REPOSITORY / "docs"
 # Pages with ```console blocks -> the test that runs them.
@@ -31,6 +31,7 @@ RUN_BY = {
     "nvidia-container-cli.md": "tests/test_containercli.py",
     "plan.md": "tests/test_docs.py",
     "shared-machines.md": "tests/test_docs.py",
+    "upgrades.md": "tests/test_docs.py",
 }
 # Commands of ```sh blocks -> the test that runs such a command, with its own image and places.
 TESTED = {
@@ -284,3 +285,9 @@ def test_demo_is_as_the_readme_shows_it(simhost: Callable[[str], Path]) -> None:
     assert (done.returncode, done.stderr) == (0, "")
     (shown,) = re.findall(r"^```text\n(This machine .*?)^```$", (REPOSITORY / "README.md").read_text(), re.M | re.S)
     assert done.stdout.replace(str(host), "…/build/demo-host").startswith(shown)
+
+
+@pytest.mark.root
+def test_upgrades_page(simhost: Callable[[str], Path], tmp_path: Path) -> None:
+    host, _ = Workshop(tmp_path, simhost).copy_of("a100x2")
+    docpages.check("upgrades.md", host, {str(host): ""})

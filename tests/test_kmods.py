@@ -191,3 +191,63 @@ def test_no_nodes_in_a_dev_of_another_host(tmp_path: Path) -> None:
     finally:
         if os.path.lexists(path):
             os.unlink(path)
+
+
+# Links
+
+
+def _links(root: Path) -> dict[str, str]:
+    return {path.name: os.readlink(path) for path in (root / "dev/char").iterdir()}
+
+
+LINKS = {
+    "195:0": "../nvidia0",
+    "195:255": "../nvidiactl",
+    "511:0": "../nvidia-uvm",
+    "236:1": "../nvidia-caps/nvidia-cap1",
+}
+
+
+@pytest.mark.root
+@pytest.mark.parametrize("are_there", [False, True], ids=["with-their-nodes", "of-nodes-that-are-there"])
+def test_links_for_systemd(tmp_path: Path, *, are_there: bool) -> None:
+    """The driver's alone: udev makes DRI's."""
+    if are_there:
+        kmods.make_nodes(_config(tmp_path), NODES, [])
+    (tmp_path / "dev/char").mkdir(parents=True)
+    warnings: list[str] = []
+    kmods.make_nodes(_config(tmp_path), NODES, warnings)
+    kmods.make_nodes(_config(tmp_path), NODES, warnings)
+    assert (_links(tmp_path), warnings) == (LINKS, [])
+    assert (tmp_path / "dev/char/195:255").stat().st_rdev == os.makedev(195, 255)
+
+
+@pytest.mark.root
+def test_links_that_are_there_stay(tmp_path: Path) -> None:
+    (tmp_path / "dev/char").mkdir(parents=True)
+    (tmp_path / "dev/char/195:0").symlink_to("/dev/nvidia0")
+    kmods.make_nodes(_config(tmp_path), NODES, [])
+    assert _links(tmp_path) == {**LINKS, "195:0": "/dev/nvidia0"}
+
+
+@pytest.mark.root
+def test_no_links_where_nobody_keeps_them(tmp_path: Path) -> None:
+    (tmp_path / "dev").mkdir()
+    kmods.make_nodes(_config(tmp_path), NODES, [])
+    assert not (tmp_path / "dev/char").exists()
+
+
+@pytest.mark.root
+def test_no_links_without_load_kmods(tmp_path: Path) -> None:
+    (tmp_path / "dev/char").mkdir(parents=True)
+    kmods.make_nodes(_config(tmp_path, "nvidia-container-cli.load-kmods = false"), NODES, [])
+    assert _links(tmp_path) == {}
+
+
+@pytest.mark.root
+def test_links_where_the_administrator_makes_the_nodes(tmp_path: Path) -> None:
+    (tmp_path / "dev/char").mkdir(parents=True)
+    (tmp_path / "proc/driver/nvidia").mkdir(parents=True)
+    (tmp_path / "proc/driver/nvidia/params").write_text("ModifyDeviceFiles: 0\n")
+    kmods.make_nodes(_config(tmp_path), NODES, [])
+    assert (_links(tmp_path), _made(tmp_path)) == (LINKS, {})

@@ -6,6 +6,10 @@ udev but by whoever comes first as root. A container does not need the host's no
 namespace does, because a node made for it could not be opened, and so does the next program on the host. So the nodes
 that a container gets and the host lacks are made on the host as well.
 
+The driver's have no link below /dev/char either, which udev makes for others. A runtime that has systemd manage the
+container's control group names each device by it, and leaves out what has none; the next `systemctl daemon-reload`
+then takes that from the container.
+
 The host is changed here, so only what `load-kmods` allows is done, and nothing where we are root of a user namespace. A
 host that `dev-root` or `proc-root` put elsewhere is not the one whose kernel we could ask for a module.
 """
@@ -20,7 +24,7 @@ from .linux import userns
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
     from .config import Config
     from .edits import Device
@@ -69,28 +73,38 @@ def load(module: str, program: str) -> None:
 
 
 def make_nodes(config: Config, nodes: Sequence[Device], warnings: list[str]) -> None:
-    """Make those of the driver's `nodes` that the host lacks.
+    """Make those of the driver's `nodes` that the host lacks, and the links by which systemd knows them.
 
     One that cannot be made costs a warning: most need it not.
     """
-    missing = [
-        (path, node)
-        for path, node in ((os.path.join(config.dev_root, node.path.lstrip("/")), node) for node in nodes)
-        if node.path.startswith("/dev/nvidia") and not os.path.lexists(path)
-    ]
+    root = config.dev_root.rstrip("/")
+    ours = [node for node in nodes if node.path.startswith("/dev/nvidia")]
+    missing = _absent((root + node.path, node) for node in ours)
+    unlinked = _absent((f"{root}/dev/char/{node.major}:{node.minor}", node) for node in ours)
     # The numbers are those of the /proc that was read: a /dev that goes with another one is left alone.
     is_one_host = config.dev_root != "/" or config.proc_root == "/"
-    if not missing or not is_one_host or not _is_allowed(config) or not _may_modify(config.proc_root):
+    if not (missing or unlinked) or not is_one_host or not _is_allowed(config):
         return
     umask = os.umask(0o022)
     try:
-        for path, node in missing:
-            try:
-                _make_node(path, node)
-            except OSError as error:
-                warnings.append(f"make `{path}` on the host: {reason(error)}")
+        if missing and _may_modify(config.proc_root):
+            _make(missing, _make_node, warnings)
+        if unlinked and os.path.isdir(f"{root}/dev/char"):  # else nobody keeps it, and there is no systemd
+            _make(unlinked, _make_link, warnings)
     finally:
         os.umask(umask)
+
+
+def _absent(places: Iterable[tuple[str, Device]]) -> list[tuple[str, Device]]:
+    return [(path, node) for path, node in places if not os.path.lexists(path)]
+
+
+def _make(places: list[tuple[str, Device]], make: Callable[[str, Device], None], warnings: list[str]) -> None:
+    for path, node in places:
+        try:
+            make(path, node)
+        except OSError as error:
+            warnings.append(f"make `{path}` on the host: {reason(error)}")
 
 
 def _make_node(path: str, node: Device) -> None:
@@ -101,6 +115,13 @@ def _make_node(path: str, node: Device) -> None:
         return  # another start was faster
     os.chmod(path, node.mode)  # whatever the umask
     os.chown(path, node.uid, node.gid)
+
+
+def _make_link(path: str, node: Device) -> None:
+    try:
+        os.symlink("../" + node.path.removeprefix("/dev/"), path)
+    except FileExistsError:
+        return  # udev or another start was faster
 
 
 def _is_allowed(config: Config) -> bool:

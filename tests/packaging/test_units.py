@@ -38,7 +38,7 @@ def test_what_they_start(simhost: Callable[[str], Path], tmp_path: Path) -> None
     """With the capabilities of the unit and no other, and without new privileges."""
     settings = configure(simhost("a100x2"), tmp_path / "config.toml", tmp_path / "state")
     (tmp_path / "state").mkdir()
-    assert _commands() == ["/usr/bin/nvhook refresh", "/usr/bin/nvhook create-dev-char-symlinks"]
+    assert _commands() == ["/usr/bin/nvhook create-dev-char-symlinks --create-all", "/usr/bin/nvhook refresh"]
     for command in _commands():
         words = ["setpriv", "--bounding-set=-all,+dac_read_search", "--inh-caps=-all", "--no-new-privs"]
         words += [str(REPOSITORY / "scripts/nvhook"), *command.split()[1:]]
@@ -54,4 +54,5 @@ def test_rule_names_the_unit() -> None:
     text = (REPOSITORY / "packaging/udev/60-nvhook.rules").read_text()
     rules = [line for line in text.splitlines() if line and not line.startswith("#")]
     assert rules
-    assert all('ENV{SYSTEMD_WANTS}+="nvhook-refresh.service"' in rule for rule in rules)
+    command = 'RUN+="/bin/systemctl --no-block restart nvhook-refresh.service"'
+    assert all(rule.endswith(f", {command}") for rule in rules)

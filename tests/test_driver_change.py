@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The driver is replaced while containers start: each gets one driver, that of the loaded kernel module, or an error.
+"""A start in each of the states that a driver upgrade goes through, and with an upgrade in the middle of it.
 
 A simulated host goes from driver OLD to driver NEW in the steps of a package manager. What a container has got, its own
-mounts tell.
+mounts tell: one driver, that of the loaded kernel module, or an error. test_upgrade.py has the loop of starts.
 """
 
 from __future__ import annotations
@@ -24,7 +24,6 @@ import containers
 from conftest import HOSTS
 from containers import HOOK, WRAPPER, Bundle, Workshop
 from simhost.build import build
-from test_reserve import Installed
 
 pytestmark = pytest.mark.root
 
@@ -247,59 +246,6 @@ def test_between_wrapper_and_hook(
         return
     assert result.returncode == 1
     assert expected.replace("HOST", str(host.place)) in result.stderr
-
-
-# Many starts, and a container that lives through it
-
-
-def test_starts_all_the_while(shop: Workshop, host: Host) -> None:
-    """With the process that waits for the next container: it was there before, and is there afterwards."""
-    installed = Installed(shop.place)
-    over = threading.Event()
-    results = []
-
-    def start_again_and_again() -> None:
-        while not over.is_set():
-            results.append(_start(shop.bundle(), host, installed.wrapper))
-
-    try:
-        assert _driver(_start(shop.bundle(), host, installed.wrapper)) == OLD
-        waiting = installed.wait()
-        assert waiting
-        threads = [threading.Thread(target=start_again_and_again) for _ in range(2)]
-        for thread in threads:
-            thread.start()
-        for act in (host.unpack, host.remove, host.run_ldconfig, host.unload, host.reload):
-            time.sleep(0.5)
-            act()
-        time.sleep(0.5)
-        over.set()
-        for thread in threads:
-            thread.join()
-        assert _driver(_start(shop.bundle(), host, installed.wrapper)) == NEW
-        assert installed.pid() == waiting
-    finally:
-        over.set()
-        installed.end()
-    started = [_driver(result) for result in results if result.returncode == 0]
-    refused = [result.stderr.strip() for result in results if result.returncode]
-    assert {*started} == {OLD, NEW}
-    assert [text for text in refused if not re.search(r"nvidia-container-runtime(-hook)?: \w+ error: ", text)] == []
-    assert any(MIXED.replace("HOST", str(host.place)) in text for text in refused)
-
-
-def test_container_that_runs_keeps_what_it_has(shop: Workshop, host: Host) -> None:
-    bundle = shop.bundle().write(["/bin/sleep", "60"], ALL)
-    try:
-        started = bundle.call(
-            host.config, "run", "--detach", "--bundle", str(bundle.directory), bundle.id, output=shop.new("log")
-        )
-        assert started.returncode == 0
-        host.upgrade()
-        assert _driver(bundle.call(host.config, "exec", bundle.id, *LOOK)) == OLD
-    finally:
-        bundle.delete()
-    assert _driver(_start(bundle, host)) == NEW
 
 
 def test_container_that_the_hook_alone_has_started(shop: Workshop, host: Host) -> None:
