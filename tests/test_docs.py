@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import re
 import subprocess
@@ -16,6 +17,7 @@ import yaml
 import bench
 import docpages
 from containers import REPOSITORY, WRAPPER, Workshop, make_image
+from nvhook import cli
 
 DOCS = REPOSITORY / "docs"
 # Pages with ```console blocks -> the test that runs them.
@@ -136,6 +138,50 @@ def test_page_says_what_its_blocks_are(page: Path) -> None:
     """Commands in a block without a name would be run by nobody; the map of the code has none."""
     assert page.name == "architecture.md" or docpages.bare_blocks(page) == []
     assert set(re.findall("^```(.*)", page.read_text(), re.MULTILINE)) <= {"", *LANGUAGES}
+
+
+def _options(parser: argparse.ArgumentParser) -> dict[str, set[str]]:
+    """Of each command below this parser, with those of its own commands."""
+    found = {}
+    for action in parser._actions:
+        for name, child in action.choices.items() if isinstance(action, argparse._SubParsersAction) else ():
+            own = {option for each in child._actions for option in each.option_strings}
+            found[name] = own.union(*_options(child).values())
+    return found
+
+
+def _unknown_commands(text: str) -> list[str]:
+    """Words in backquotes that begin as a command of ours does, and are none."""
+    options = _options(cli.make_parser())
+    wrong = []
+    prose = re.sub("^```.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL)
+    for command in re.findall(r"`((?:sudo )?nvhook\s[^`]+)`", prose):
+        names, *words = command.partition(" -- ")[0].removeprefix("sudo ").split()[1:]
+        known = [options.get(name, set()) for name in names.split("|")]
+        asked = {word.partition("=")[0] for word in words if word.startswith("--")}
+        if not options.keys() >= set(names.split("|")) or not all(asked <= each for each in known):
+            wrong.append(command)
+    return wrong
+
+
+@pytest.mark.parametrize("page", PAGES, ids=[page.name for page in PAGES])
+def test_page_names_commands_that_there_are(page: Path) -> None:
+    """In a sentence, too, where nothing runs them."""
+    assert _unknown_commands(page.read_text()) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "wrong"),
+    [
+        pytest.param("`nvhook explain -- docker run --rm x`", [], id="of-another-program"),
+        pytest.param("`nvhook cdi generate --output=x`", [], id="of-a-command-s-command"),
+        pytest.param("`sudo nvhook configure\ndocker --restart`", [], id="over-two-lines"),
+        pytest.param("`nvhook mend`", ["nvhook mend"], id="no-command"),
+        pytest.param("`nvhook doctor --mend`", ["nvhook doctor --mend"], id="no-option"),
+    ],
+)
+def test_unknown_commands(text: str, wrong: list[str]) -> None:
+    assert _unknown_commands(text) == wrong
 
 
 def test_every_page_is_in_the_site() -> None:
