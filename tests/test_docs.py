@@ -324,8 +324,8 @@ def test_migration_page(tmp_path: Path) -> None:
 
 
 @pytest.mark.root
-def test_demo_is_as_the_readme_shows_it(simhost: Callable[[str], Path]) -> None:
-    host = simhost("a100x2")
+def test_demo_is_as_the_readme_shows_it(simhost: Callable[[str], Path], tmp_path: Path) -> None:
+    host, _ = Workshop(tmp_path, simhost).copy_of("a100x2")  # its containers leave something in the state directory
     demo = [sys.executable, str(REPOSITORY / "tests/demo.py"), str(WRAPPER), "--config", f"{host}/config.toml"]
     done = subprocess.run(demo, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
