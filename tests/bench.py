@@ -31,7 +31,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from containers import REPOSITORY, TRIPLET, Bundle, any_cgroups, configure, make_image
+from containers import REPOSITORY, TRIPLET, Bundle, any_cgroups, configure, make_image, reserve_of
 from simhost import elfwriter
 from simhost.build import build
 
@@ -68,7 +68,7 @@ class Bench:
 
     def end_reserve(self) -> int:
         """End the process that serves the next container; its peak memory in KiB, or 0 if there was none."""
-        reserve = Path("/run/nvhook/reserve" + str(self.prefix).replace("/", "-"))
+        reserve = reserve_of(self.prefix)
         try:
             pid = (reserve / "pid").read_text().strip()
             status = Path(f"/proc/{pid}/status").read_text()

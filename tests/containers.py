@@ -242,6 +242,11 @@ def why_not(runtime: str, through: tuple[str, ...], options: tuple[str, ...] = (
     return lines[-1] if result.returncode else ""
 
 
+def reserve_of(prefix: Path) -> Path:
+    """The directory of the process that an installation leaves for the next container."""
+    return Path("/run/nvhook/reserve" + str(prefix).replace("/", "-"))
+
+
 def configure(host: Path, path: Path, state: Path, *, runtime: str = "runc", more: str = "") -> Path:
     """A config.toml at `path` for the simulated host `host`, with a state directory and a runtime of one's own."""
     path.write_text(

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from containers import REPOSITORY, Bundle, Workshop, gpu_lines
+from containers import REPOSITORY, Bundle, Workshop, gpu_lines, reserve_of
 
 pytestmark = pytest.mark.root
 
@@ -41,7 +41,7 @@ class Installed:
     def __init__(self, place: Path) -> None:
         self.prefix = place / "prefix"
         self.wrapper = self.prefix / "bin/nvidia-container-runtime"
-        self.reserve = Path("/run/nvhook/reserve" + str(self.prefix).replace("/", "-"))
+        self.reserve = reserve_of(self.prefix)
         self.log = place / "interpreters"
         self.python = place / "python3"
         self.python.write_text(PYTHON.format(log=self.log))

@@ -16,6 +16,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import pytest
 from elftools.elf.dynamic import DynamicSection, DynamicSegment
 from elftools.elf.elffile import ELFFile
@@ -87,7 +88,6 @@ def _nvidia_smi(host: Path, *arguments: str, **environment: str) -> subprocess.C
 
 @pytest.mark.parametrize("path", HOSTS, ids=IDS)
 def test_description_follows_schema(path: Path) -> None:
-    jsonschema = pytest.importorskip("jsonschema")
     schema = json.loads((TESTS / "simhost" / "schema.json").read_text())
     jsonschema.Draft7Validator.check_schema(schema)
     jsonschema.Draft7Validator(schema).validate(json.loads(path.read_text()))
@@ -414,7 +414,6 @@ n.nvmlShutdown()
 
 @pytest.mark.root
 def test_nvml_pynvml_reads_it(built: dict[str, Path]) -> None:
-    pytest.importorskip("pynvml")
     host = built["a100x2-debian12"]
     libraries = f"{host}/driver/usr/lib/x86_64-linux-gnu"
     done = _run(sys.executable, "-c", PYNVML_SCRIPT, NVHOOK_SIM_DEV=str(host / "dev"), LD_LIBRARY_PATH=libraries)
@@ -452,7 +451,6 @@ for i in range(n.nvmlDeviceGetCount()):
     ],
 )
 def test_nvml_tells_of_the_moment(built: dict[str, Path], name: str, libraries: str, expected: list[str]) -> None:
-    pytest.importorskip("pynvml")
     host = built[name]
     environment = {"NVHOOK_SIM_DEV": str(host / "dev"), "LD_LIBRARY_PATH": f"{host}/driver/{libraries}"}
     done = _run(sys.executable, "-c", NOW_SCRIPT, **environment)

@@ -91,16 +91,16 @@ class Starts:
     def __init__(self, shop: Workshop, config: Path, wrapper: Path) -> None:
         self.said: list[subprocess.CompletedProcess[str]] = []
         self._over = threading.Event()
-        self._bundles = [shop.bundle() for _ in range(60)]
+        self._shop = shop
         self._config = config
         self._wrapper = wrapper
         self._thread = threading.Thread(target=self._run)
 
     def _run(self) -> None:
-        for bundle in self._bundles:
-            if self._over.is_set():
-                return
+        while not self._over.is_set():
+            bundle = self._shop.bundle()
             self.said.append(bundle.write(LOOK, ALL).run(self._config, wrapper=self._wrapper))
+            shutil.rmtree(bundle.rootfs)
 
     def __enter__(self) -> Starts:
         self._thread.start()

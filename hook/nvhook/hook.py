@@ -67,7 +67,7 @@ def _parse(arguments: list[str]) -> tuple[str, dict[str, str]]:
         name, equals, value = word.lstrip("-").partition("=")
         if not word.startswith("-"):
             command = command or word
-        elif name in ("config", "state-dir", "standby"):
+        elif name in ("config", "state-dir"):
             options[name] = value if equals else next(words, "")
             if not options[name]:
                 raise _Usage

@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from .audit import Audit
     from .config import Config
     from .container import Container
+    from .driver import Driver
     from .gpus import Gpus, Selection
     from .linux.root import Root
     from .request import Request
@@ -163,18 +164,7 @@ def prepare(
     compatible = compat.find(config, asked, root, gpus.driver_version, chosen.brands, warnings)
     for again in (False, True):
         driver = inventory.load(config, gpus.driver_version, warnings, again=again)
-        edits = plan.make(
-            asked,
-            chosen.gpus,
-            gpus,
-            driver,
-            layout,
-            dri_nodes=dri.find(config, asked, chosen.gpus),
-            sockets=sockets.find(config.driver_root),
-            proc=procfs.read(config.proc_root),
-            extras=[caps.find(config, asked, chosen, gpus), features.find(config, asked, warnings)],
-            compat=compatible,
-        )
+        edits = draw(config, asked, gpus, chosen, driver, layout, compatible, warnings)
         kmods.make_nodes(config, [edit for edit in edits if isinstance(edit, editing.Device)], warnings)
         try:
             _prepare(edits, config)
@@ -186,6 +176,31 @@ def prepare(
         made.expect_same_driver(config)
         return made
     raise DriverError(f"`{lost}` disappeared while the container was prepared", "reinstall the driver")
+
+
+def draw(
+    config: Config,
+    asked: Request,
+    gpus: Gpus,
+    chosen: Selection,
+    driver: Driver,
+    layout: containers.Layout,
+    compatible: str,
+    warnings: list[str],
+) -> list[editing.Edit]:
+    """The plan, with the nodes, sockets and /proc that the host has at this moment; nothing of it is touched."""
+    return plan.make(
+        asked,
+        chosen.gpus,
+        gpus,
+        driver,
+        layout,
+        dri_nodes=dri.find(config, asked, chosen.gpus),
+        sockets=sockets.find(config.driver_root),
+        proc=procfs.read(config.proc_root),
+        extras=[caps.find(config, asked, chosen, gpus), features.find(config, asked, warnings)],
+        compat=compatible,
+    )
 
 
 def _prepare(edits: list[editing.Edit], config: Config) -> None:

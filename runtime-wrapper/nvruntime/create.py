@@ -83,12 +83,11 @@ def main(hook: str, config_path: str, reserve: str, candidates: str, runtime: st
 
 
 def ready(
-    call: Call, said: list[str], then: Callable[[Call], None], waiting: list[standby.Waiting] | None = None
+    call: Call, said: list[str], then: Callable[[Call], None], stay: Callable[[standby.Waiting], None] | None = None
 ) -> bool:
     """Edit the container's config.json and do what comes `then`; False, and an error in `said`, if that is not to be.
 
-    A process that stands by for the container is left, unless this is one that can itself: it is given what it takes
-    in `waiting`.
+    A process that stands by for the container is left; one that can itself is told what that takes, by `stay`.
     """
     warnings: list[str] = []
     log = Log(call.arguments)
@@ -104,7 +103,7 @@ def ready(
             )
         # The container's id is the last word of runc's command line.
         trail = audit.Audit(config, _PROGRAM, call.arguments[-1], log.write)
-        edit(call, config, warnings, trail, waiting)
+        edit(call, config, warnings, trail, stay)
         log.warn(warnings)
         trail.grant()
         then(call)
@@ -138,7 +137,11 @@ def candidates(config_path: str) -> int:
 
 
 def edit(
-    call: Call, config: Config, warnings: list[str], trail: Audit, waiting: list[standby.Waiting] | None = None
+    call: Call,
+    config: Config,
+    warnings: list[str],
+    trail: Audit,
+    stay: Callable[[standby.Waiting], None] | None = None,
 ) -> None:
     """Change the config.json of the bundle that `call` names, if its container asks for GPUs."""
     place = bundle.directory(call.arguments)
@@ -154,8 +157,9 @@ def edit(
     gpus = host.read(config, asked, warnings)
     chosen = trail.chosen = selection.choose(config, asked, gpus, warnings)
     task = standby.Task(config, described, asked, gpus, chosen, bundle=place, id=call.arguments[-1])
-    # A process of its own works while we do the rest.
-    standby_place = standby.leave(task) if waiting is None else standby.wait_for(task, waiting)
+    waiting = standby.make(task)
+    if waiting:
+        (stay or standby.leave)(waiting)  # a process of its own works while we do the rest
     extras = [caps.find(config, asked, chosen, gpus), features.find(config, asked, warnings)]
     nodes = plan.devices(asked, chosen.gpus, gpus, dri.find(config, asked, chosen.gpus), extras)
     kmods.make_nodes(config, nodes, warnings)
@@ -164,8 +168,8 @@ def edit(
     if not config.no_additional_gids:
         bundle.add_groups(document, [node.gid for node in nodes if node.needs_group()])
     which = ["--no-audit", *(["--config", os.path.abspath(config.path)] if config.path else [])]
-    if standby_place:
-        bundle.add_hook(document, "prestart", _STANDBY_HOOK, ["--standby", standby_place, *which], HOOK_ENV)
+    if waiting:
+        bundle.add_hook(document, "prestart", _STANDBY_HOOK, ["--standby", waiting.place, *which], HOOK_ENV)
     else:
         bundle.add_hook(document, "prestart", call.hook, which, HOOK_ENV)
     if call.reserve:

@@ -136,7 +136,8 @@ def _name_of(pid: int) -> str:
 def _version_of_code() -> list[tuple[int, int]]:
     """Of the directories with our modules: an upgrade makes them anew, or puts other files there."""
     found = []
-    for path in (_CODE, os.path.join(os.path.dirname(_CODE), "nvhook")):
+    library = os.path.dirname(_CODE)
+    for path in (_CODE, f"{library}/nvhook", f"{library}/nvhook/linux"):
         try:
             status = os.stat(path)
         except OSError:
@@ -223,7 +224,7 @@ def _create(slot: Slot, words: list[str]) -> None:
     call = create.Call(hook, config_path, bool(must_exist), place, candidates, runtime, arguments)
     said: list[str] = []
     waiting: list[standby.Waiting] = []
-    is_ready = create.ready(call, said, lambda _: None, waiting)
+    is_ready = create.ready(call, said, lambda _: None, waiting.append)
     _say(slot, 0 if is_ready else 1, said)
     if is_ready and waiting:
         waiting[0].stand_by(int(pid))

@@ -91,33 +91,28 @@ class Waiting:
         _stand_by(self.task, self.place, self.ends, runtime)
 
 
-def leave(task: Task) -> str:
-    """Start it; its directory for the hook, or empty where there can be none and the hook works alone."""
-    made: list[Waiting] = []
-    place = wait_for(task, made)
-    if made:
-        runtime = os.getpid()  # what this process becomes
-        fork_twice(lambda: made[0].stand_by(runtime))
-        made[0].close()
-    return place
+def leave(waiting: Waiting) -> None:
+    """Start it, for a process that becomes the low-level runtime."""
+    runtime = os.getpid()
+    fork_twice(lambda: waiting.stand_by(runtime))
+    waiting.close()
 
 
-def wait_for(task: Task, made: list[Waiting]) -> str:
-    """As `leave`, for a process that is to stand by itself: with what is appended to `made`.
+def make(task: Task) -> Waiting | None:
+    """None where there can be none and the hook works alone.
 
     Not in a user namespace: root there may not write where the state is.
     """
     if os.geteuid() != 0 or not userns.is_first() or not leftovers.is_name(task.id):
-        return ""
+        return None
     parent = os.path.join(task.config.state_dir, _DIRECTORY)
     place = os.path.join(parent, task.id)
     try:
         if os.path.lexists(place) and _is_over(place):
             _remove(place)  # of a process that was killed
-        made.append(Waiting(task, place, _make(parent, place)))
+        return Waiting(task, place, _make(parent, place))
     except OSError:
-        return ""
-    return place
+        return None
 
 
 def fork_twice(work: Callable[[], None]) -> None:

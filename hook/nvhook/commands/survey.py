@@ -5,21 +5,7 @@ from __future__ import annotations
 
 import os
 
-from nvhook import (
-    caps,
-    compat,
-    container,
-    dri,
-    features,
-    host,
-    inventory,
-    plan,
-    procfs,
-    request,
-    selection,
-    sockets,
-    spec,
-)
+from nvhook import compat, container, host, inventory, prestart, request, selection, spec
 from nvhook.errors import SpecError, reason
 from nvhook.linux.root import DIRECTORY, Root
 
@@ -70,18 +56,7 @@ def make(described: spec.Spec, config: Config, warnings: list[str]) -> Survey | 
     root = _root(described.rootfs)
     layout = container.layout(root)
     compatible = compat.find(config, asked, root, gpus.driver_version, chosen.brands, warnings)
-    edits = plan.make(
-        asked,
-        chosen.gpus,
-        gpus,
-        driver,
-        layout,
-        dri_nodes=dri.find(config, asked, chosen.gpus),
-        sockets=sockets.find(config.driver_root),
-        proc=procfs.read(config.proc_root),
-        extras=[caps.find(config, asked, chosen, gpus), features.find(config, asked, warnings)],
-        compat=compatible,
-    )
+    edits = prestart.draw(config, asked, gpus, chosen, driver, layout, compatible, warnings)
     return Survey(asked, gpus, chosen, driver, root, layout, edits, compatible)
 
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`nvhook cdi generate|list|check`: GPUs for engines that inject them on their own, by the Container Device Interface.
 
-What is in a specification is in cdispec.py, what engines find in cdifiles.py, what is wrong there in cdicheck.py. Here
+What is in a specification is in specification.py, what engines find in files.py, what is wrong there in check.py. Here
 is what the user sees of it.
 """
 
@@ -11,11 +11,10 @@ import argparse
 import json
 import os
 import re
-import shutil
 import sys
 
 from nvhook import config as configuration
-from nvhook.commands import load
+from nvhook.commands import load, program
 from nvhook.commands.cdi import check as cdicheck
 from nvhook.commands.cdi import files as cdifiles
 from nvhook.commands.cdi import specification as cdispec
@@ -168,11 +167,9 @@ def _capabilities(names: str, config: Config) -> tuple[str, ...]:
 
 
 def _hook_path(chosen: str) -> str:
-    """The one that is installed together with this command, for that one belongs to it."""
-    beside = os.path.join(os.path.dirname(os.path.realpath(sys.argv[0])), cdispec.HOOK)
-    for path in [chosen] if chosen else [beside, shutil.which(cdispec.HOOK) or ""]:
-        if path and os.path.isfile(path) and os.access(path, os.X_OK):
-            return os.path.abspath(path)
+    found = program(cdispec.HOOK, chosen)
+    if found:
+        return found
     raise ConfigError(
         f"find the hook `{chosen or cdispec.HOOK}`: no such program",
         "install nvhook, or name the program with --hook-path",

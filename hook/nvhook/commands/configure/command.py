@@ -9,10 +9,9 @@ from __future__ import annotations
 import argparse
 import os
 import re
-import shutil
 import sys
 
-from nvhook.commands import load
+from nvhook.commands import load, program
 from nvhook.commands.configure import changes
 from nvhook.commands.configure.engines import ENGINES, SWARM_VARIABLE, Wanted
 from nvhook.errors import ConfigError
@@ -98,12 +97,9 @@ def _wanted(options: argparse.Namespace, config: Config, engine: Engine) -> Want
 
 
 def runtime_path(chosen: str, *, must_exist: bool) -> str:
-    """The one that is installed together with this command, for that one belongs to it."""
-    beside = os.path.join(os.path.dirname(os.path.realpath(sys.argv[0])), _RUNTIME)
-    candidates = [chosen] if chosen else [beside, shutil.which(_RUNTIME) or ""]
-    for path in candidates:
-        if path and os.path.isfile(path) and os.access(path, os.X_OK):
-            return os.path.abspath(path)
+    found = program(_RUNTIME, chosen)
+    if found:
+        return found
     if not must_exist:
         return os.path.abspath(chosen) if chosen else ""
     missing = "is not executable" if chosen and os.path.isfile(chosen) else "no such program"

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The command nvidia-container-cli, for the programs that call NVIDIA's: LXC, enroot, `ctr run --gpus`.
 
-Its options, formats and messages are NVIDIA's (containeroptions.py), what is done is what the hook does
-(containerconfigure.py), and `info` and `list` look at the host (containerinfo.py). What a container may ask for is not
+Its options, formats and messages are NVIDIA's (options.py), what is done is what the hook does
+(configure.py), and `info` and `list` look at the host (info.py). What a container may ask for is not
 held against config.toml: whoever calls this decides for himself. From there come places alone.
 """
 
