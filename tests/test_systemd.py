@@ -211,6 +211,20 @@ def test_libraries_of_another_driver(watching: Booted) -> None:
     wait("the inventory is made", lambda: _version(watching) == VERSION, 20)
 
 
+def test_driver_root_below_home(watching: Booted) -> None:
+    """Where GKE has it."""
+    config = "/etc/nvidia-container-runtime/config.toml"
+    watching.shell(
+        f"mkdir -p /home/driver; mount --bind {HOST}/driver /home/driver; sed -i s,{HOST}/driver,/home/driver, {config}"
+    )
+    try:
+        watching.here("systemctl", "restart", "nvhook-refresh.service")
+        assert _version(watching) == VERSION
+    finally:
+        watching.configure(PROC_OF_HOST)
+        watching.shell("umount --lazy /home/driver")
+
+
 def test_no_driver_is_no_failure(watching: Booted) -> None:
     path = f"{HOST}/proc/driver/nvidia/version"
     watching.shell(f"mv {path} /run/version")
