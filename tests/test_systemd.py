@@ -225,6 +225,20 @@ def test_driver_root_below_home(watching: Booted) -> None:
         watching.shell("umount --lazy /home/driver")
 
 
+def test_state_directory_of_ones_own(watching: Booted) -> None:
+    """As docs/upgrades.md has it."""
+    place, drop_in = "/var/lib/nvhook-of-test", "/etc/systemd/system/nvhook-refresh.service.d"
+    watching.configure(f'{PROC_OF_HOST}nvhook.state-dir = "{place}"\n')
+    watching.shell(f"mkdir {place} {drop_in}; printf '[Service]\\nReadWritePaths={place}\\n' >{drop_in}/x.conf")
+    watching.here("systemctl", "daemon-reload")
+    try:
+        watching.here("systemctl", "restart", "nvhook-refresh.service")
+        assert VERSION in watching.here("cat", f"{place}/inventory.json")
+    finally:
+        watching.configure(PROC_OF_HOST)
+        watching.shell(f"rm -r {drop_in}; systemctl daemon-reload")
+
+
 def test_no_driver_is_no_failure(watching: Booted) -> None:
     path = f"{HOST}/proc/driver/nvidia/version"
     watching.shell(f"mv {path} /run/version")
