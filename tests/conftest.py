@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -48,6 +49,7 @@ def simhost(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
             (description,) = HOSTS.glob(f"{name}*.json")
             directory = tmp_path_factory.mktemp(name)
             build(description, directory)
+            time.sleep(0.05)  # what was changed a moment ago, inventory.py would look into again
             built[name] = directory
         return built[name]
 

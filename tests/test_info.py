@@ -302,7 +302,7 @@ def _forbidden(_: str) -> None:
 
 @pytest.mark.root
 def test_info_as_an_ordinary_user() -> None:
-    """With a state directory that only root may enter, and from an installation: the source tree may be closed to him."""
+    """With a state directory that only root may enter, installed: the source tree may be closed to him."""
     user = ["setpriv", "--reuid", "1234", "--regid", "1234", "--clear-groups"]
     if subprocess.run([*user, "unshare", "-Urm", "true"], capture_output=True, check=False).returncode:
         pytest.skip("this machine's users may have no user namespaces")

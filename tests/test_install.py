@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -171,9 +172,9 @@ def test_sysconfdir_that_is_read_only(tmp_path: Path) -> None:
     place.mkdir()
     script = f'mount -t tmpfs -o ro tmpfs {place}; exec "$@"'
     words = ("unshare", "--mount", "sh", "-euc", script, "sh", str(INSTALL), "install", str(tmp_path / "p"), str(place))
-    line = _refused(*words)
-    assert f"{place}/nvidia-container-runtime" in line
-    assert "Read-only file system" in line
+    said = f"`{place}/nvidia-container-runtime` cannot be written: `{place}` is read-only, or not yours"
+    assert _refused(*words) == f"install: {said}\n"
+    assert not (tmp_path / "p").exists()
 
 
 def test_python_that_is_too_old(tmp_path: Path) -> None:
@@ -197,23 +198,69 @@ def test_others_of_the_same_name_are_told(tmp_path: Path) -> None:
     assert line in done.stderr.splitlines()
 
 
-@pytest.mark.parametrize("milliseconds", [20, 60, 120, 250, 500, 900])
-def test_installation_that_is_broken_off(tmp_path: Path, milliseconds: int) -> None:
-    """Over an older one: whatever the moment, what is there works, or the next installation makes it so."""
-    words = [str(INSTALL), "install", str(tmp_path / "p"), str(tmp_path / "etc")]
-    install(*words[1:])
-    again = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
-    try:
-        again.wait(milliseconds / 1000)
-    except subprocess.TimeoutExpired:
-        os.killpg(again.pid, signal.SIGKILL)
-        again.wait()
-    assert _works(tmp_path) or not (tmp_path / "p/lib/nvhook").exists()
-    install(*words[1:])
+# In the place of a command: the installation ends, by SIGKILL, when it is called for the `$AT`th time.
+_LAST = """\
+#!/bin/sh
+echo >>"$COUNT"
+[ "$(wc -l <"$COUNT")" -ne "$AT" ] || kill -9 0
+exec /bin/{name} "$@"
+"""
+
+
+@pytest.fixture
+def break_off(tmp_path: Path) -> Callable[[int], bool]:
+    """An installation into `tmp_path`/p that ends before its nth `mv` or `rm`; whether it had so many."""
+    commands = tmp_path / "commands"
+    commands.mkdir()
+    for name in ("mv", "rm"):
+        (commands / name).write_text(_LAST.format(name=name))
+        (commands / name).chmod(0o755)
+
+    def install_until(step: int) -> bool:
+        (tmp_path / "count").write_text("")
+        env = {"PATH": f"{commands}:{os.environ['PATH']}", "COUNT": str(tmp_path / "count"), "AT": str(step)}
+        words = [str(INSTALL), "install", str(tmp_path / "p"), str(tmp_path / "p/etc")]
+        done = subprocess.run(words, env=env, capture_output=True, text=True, check=False, start_new_session=True)
+        assert done.returncode in (0, -signal.SIGKILL), done.stderr
+        return done.returncode != 0
+
+    return install_until
+
+
+def test_installation_over_another_that_is_broken_off(tmp_path: Path, break_off: Callable[[int], bool]) -> None:
+    """At each of its steps, one after the other: what is there works, and so does the next installation."""
+    words = (tmp_path / "p", tmp_path / "p/etc")
+    install("install", *words)
+    (tmp_path / "p/etc/nvidia-container-runtime/config.toml").unlink()
+    step = 1
+    while break_off(step):
+        assert _works(tmp_path), step
+        step += 1
+    assert step > 12
     assert _works(tmp_path)
     assert sorted(path.name for path in (tmp_path / "p/lib").iterdir()) == ["nvhook"]
-    install("uninstall", *words[2:])
+    install("uninstall", *words)
     assert not (tmp_path / "p").exists()
+
+
+@pytest.mark.parametrize("step", [1, 4, 6, 12])
+def test_first_installation_that_is_broken_off(tmp_path: Path, break_off: Callable[[int], bool], step: int) -> None:
+    """It can be taken away as it is."""
+    assert break_off(step)
+    install("uninstall", tmp_path / "p", tmp_path / "p/etc")
+    assert not (tmp_path / "p").exists()
+
+
+def test_file_system_that_cannot_exchange(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As with an old kernel: Python, asked for that alone, fails."""
+    python = tmp_path / "python3"
+    python.write_text('#!/bin/sh\ncase $* in *renameat2*) exit 1 ;; esac\nexec /usr/bin/python3 "$@"\n')
+    python.chmod(0o755)
+    monkeypatch.setenv("PYTHON", str(python))
+    for _ in range(2):
+        install("install", tmp_path / "p", tmp_path / "etc")
+        assert _works(tmp_path)
+        assert sorted(path.name for path in (tmp_path / "p/lib").iterdir()) == ["nvhook"]
 
 
 def _works(place: Path) -> bool:

@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,13 @@ V = "580.1.2"
 NATIVE = native_machine()
 LIB = f"usr/lib/{os.uname().machine}-linux-gnu"
 needs_32_bit = pytest.mark.skipif(NATIVE != "x86-64", reason="there is no 32-bit driver for this machine")
+
+
+def _settle(top: Path) -> None:
+    """Wait until no directory has been changed just now: it would be looked into again."""
+    last = max((os.stat(path).st_mtime_ns for path, _, _ in os.walk(top)), default=0)
+    while time.time_ns() - last < 30_000_000:
+        time.sleep(0.005)
 
 
 class Place:
@@ -79,6 +87,7 @@ class Place:
 
     def load(self, version: str = V, **options: bool) -> Driver:
         """The driver, without warnings."""
+        _settle(self.root)
         warnings: list[str] = []
         found = inventory.load(self.config, version, warnings, **options)
         assert warnings == []
@@ -414,6 +423,7 @@ def test_inventory_leaves_out_damaged_json_with_a_warning(place: Place) -> None:
     broken = place.root / "etc/vulkan/icd.d/nvidia_icd.json"
     broken.parent.mkdir(parents=True)
     broken.write_text("{")
+    _settle(place.root)
     warnings: list[str] = []
     assert inventory.load(place.config, V, warnings).files == []
     assert [f"leave out `{broken}`: not JSON"] == [line.rpartition(": Expecting")[0] for line in warnings]
@@ -504,6 +514,10 @@ def _rewritten(path: str) -> Callable[[Place], None]:
         pytest.param(lambda place: (place.root / "etc/ld.so.cache").unlink(), V, id="linker-cache-gone"),
         pytest.param(_touched("config.toml"), V, id="configuration-time"),
         pytest.param(_rewritten("config.toml"), V, id="configuration-size"),
+        pytest.param(lambda place: place.library("libnvidia-cfg") and None, V, id="library-added"),
+        pytest.param(lambda place: place.library("libvdpau_nvidia", at=f"{LIB}/vdpau") and None, V, id="new-directory"),
+        pytest.param(lambda place: (place.root / "usr/bin/nvidia-debugdump").touch(), V, id="program-added"),
+        pytest.param(lambda place: (place.root / "usr/share/vulkan/icd.d").mkdir(parents=True), V, id="vulkan-added"),
     ],
 )
 def test_inventory_of_another_origin(place: Place, change: Callable[[Place], None], version: str) -> None:
@@ -513,6 +527,33 @@ def test_inventory_of_another_origin(place: Place, change: Callable[[Place], Non
     change(place)
     assert [item.name for item in place.load(version).binaries] == ["nvidia-smi"]
     assert _is_cached(place, version)
+
+
+def test_inventory_made_while_the_driver_is_unpacked(place: Place) -> None:
+    """Of a driver that no linker cache knows: a start in the middle has what is there, the next one all of it."""
+    (place.root / LIB / f"libcuda.so.{V}").unlink()
+    assert _names(place.load()) == [f"libnvidia-ml.so.{V}"]
+    place.library("libcuda")
+    assert _names(place.load()) == [f"libcuda.so.{V}", f"libnvidia-ml.so.{V}"]
+    assert _is_cached(place)
+
+
+def test_inventory_of_directories_that_were_changed_just_now(place: Place) -> None:
+    """A file that comes in the same tick of the clock leaves no trace in their times."""
+    _settle(place.root)
+    (place.root / LIB / "x").touch()
+    inventory.load(place.config, V, [])
+    directories = dict(json.loads(place.inventory.read_text())["directories"])
+    assert directories[str(place.root / LIB)] == -1
+    assert directories[str(place.root / "usr/bin")] > 0
+
+
+@pytest.mark.parametrize("name", ["run/docker.pid", "etc/resolv.conf"])
+def test_inventory_does_not_look_at_what_others_change(place: Place, name: str) -> None:
+    (place.root / "run").mkdir()
+    place.load()
+    (place.root / name).touch()
+    assert _is_cached(place)
 
 
 @pytest.mark.parametrize("mode", [0o664, 0o646, 0o666])
@@ -599,6 +640,10 @@ def test_inventory_half_written(place: Place) -> None:
             [{"path": "/x", "soname": "", "bits": 64, "needed": 5, "capabilities": []}],
             id="needed-that-is-a-number",
         ),
+        pytest.param("directories", 1, id="directories-that-are-a-number"),
+        pytest.param("directories", ["/"], id="directories-that-are-text"),
+        pytest.param("directories", {"/": 1}, id="directories-that-are-an-object"),
+        pytest.param("directories", [[None, 1]], id="directories-that-are-null"),
         pytest.param("binaries", [1], id="binary-that-is-a-number"),
         pytest.param(
             "binaries",

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,7 +14,7 @@ import pytest
 from booted import HOST, PROC_OF_HOST, Booted, missing
 from conftest import cannot
 from containers import TRY, Workshop
-from engines.machine import wait
+from engines.machine import PLACES, wait
 
 pytestmark = pytest.mark.root
 
@@ -93,6 +94,67 @@ def test_what_the_links_are_for(machine: Booted, living: Callable[[], str]) -> N
     assert living() == _all("denied" if "version 1.1." in machine.here("runc", "--version") else "open")
 
 
+# Docker, as systemd starts it: its containers are scopes of systemd's
+
+_DOCKER = """\
+mkdir -p /srv/docker
+cat >/etc/docker-of-test.json <<.
+{{"live-restore": true, "exec-opts": ["native.cgroupdriver=systemd"], "storage-driver": "vfs", "bridge": "none",
+  "iptables": false, "ip6tables": false, "data-root": "/srv/docker", "oom-score-adjust": 0,
+  "default-runtime": "runc"}}
+.
+nvhook configure docker --config-file /etc/docker-of-test.json
+cat >/etc/systemd/system/docker-of-test.service <<.
+[Service]
+Type=notify
+ExecStart={dockerd} --config-file=/etc/docker-of-test.json
+KillMode=process
+Delegate=yes
+.
+systemctl daemon-reload
+systemctl start docker-of-test
+tar -C {image} -c . | docker import - image
+"""
+
+
+@pytest.fixture
+def docker(machine: Booted, shop: Workshop) -> Iterator[Booted]:
+    absent = [name for name in ("dockerd", "docker", "containerd", "tar") if not shutil.which(name, path=PLACES)]
+    if absent:
+        cannot(f"not installed: {', '.join(absent)}")
+    machine.configure("")
+    image = shop.bundle("busybox").rootfs
+    machine.shell(_DOCKER.format(dockerd=shutil.which("dockerd", path=PLACES), image=image))
+    yield machine
+    machine.shell("docker rm --force $(docker ps --all --quiet) || :; systemctl stop docker-of-test")
+
+
+def test_docker_is_reloaded_and_restarted(docker: Booted) -> None:
+    """The container lives on with its GPUs, and starts again afterwards."""
+    docker.shell("rm -f /dev/char/*")
+    words = ("--runtime=nvidia", "--network=none", "--env=NVIDIA_VISIBLE_DEVICES=all")
+    docker.here("docker", "run", "--detach", "--name=living", *words, "image", "/bin/sleep", "1000")
+    look = ("docker", "exec", "living", "/bin/sh", "-c", TRY + "\n".join(f"try {node}" for node in NODES))
+    first = docker.here("docker", "inspect", "--format={{.State.Pid}}", "living")
+    assert "/system.slice/docker-" in docker.here("cat", f"/proc/{first.strip()}/cgroup")
+    for command in ("daemon-reload", "restart docker-of-test", "daemon-reexec", "daemon-reload"):
+        docker.here("systemctl", *command.split())
+        assert docker.here(*look) == _all("open"), command
+        assert docker.here("docker", "inspect", "--format={{.State.Pid}}", "living") == first
+    docker.here("docker", "restart", "--time=0", "living")
+    assert docker.here(*look) == _all("open")
+
+
+def test_gpus_of_the_hook_alone_are_lost(docker: Booted) -> None:
+    """As docs/upgrades.md says of `--gpus`: that a reload takes what is not in the specification is seen here."""
+    words = ("--gpus=all", "--network=none")
+    docker.here("docker", "run", "--detach", "--name=lost", *words, "image", "/bin/sleep", "1000")
+    look = ("docker", "exec", "lost", "/bin/sh", "-c", TRY + "\n".join(f"try {node}" for node in NODES))
+    assert docker.here(*look) == _all("open")
+    docker.here("systemctl", "daemon-reload")
+    assert docker.here(*look) == _all("denied")
+
+
 # The units
 
 
@@ -147,6 +209,34 @@ def test_libraries_of_another_driver(watching: Booted) -> None:
         watching.shell(f"cp /run/version {path}")
     _change_the_cache(watching)
     wait("the inventory is made", lambda: _version(watching) == VERSION, 20)
+
+
+def test_driver_root_below_home(watching: Booted) -> None:
+    """Where GKE has it."""
+    config = "/etc/nvidia-container-runtime/config.toml"
+    watching.shell(
+        f"mkdir -p /home/driver; mount --bind {HOST}/driver /home/driver; sed -i s,{HOST}/driver,/home/driver, {config}"
+    )
+    try:
+        watching.here("systemctl", "restart", "nvhook-refresh.service")
+        assert _version(watching) == VERSION
+    finally:
+        watching.configure(PROC_OF_HOST)
+        watching.shell("umount --lazy /home/driver")
+
+
+def test_state_directory_of_ones_own(watching: Booted) -> None:
+    """As docs/upgrades.md has it."""
+    place, drop_in = "/var/lib/nvhook-of-test", "/etc/systemd/system/nvhook-refresh.service.d"
+    watching.configure(f'{PROC_OF_HOST}nvhook.state-dir = "{place}"\n')
+    watching.shell(f"mkdir {place} {drop_in}; printf '[Service]\\nReadWritePaths={place}\\n' >{drop_in}/x.conf")
+    watching.here("systemctl", "daemon-reload")
+    try:
+        watching.here("systemctl", "restart", "nvhook-refresh.service")
+        assert VERSION in watching.here("cat", f"{place}/inventory.json")
+    finally:
+        watching.configure(PROC_OF_HOST)
+        watching.shell(f"rm -r {drop_in}; systemctl daemon-reload")
 
 
 def test_no_driver_is_no_failure(watching: Booted) -> None:

@@ -163,11 +163,22 @@ def _hold(results: list[subprocess.CompletedProcess[str]]) -> list[str]:
     return found
 
 
+def _reserve(wrapper: Path) -> int:
+    """The process that waits for the next start, which the installation alone has; 0 for none."""
+    prefix = str(wrapper.parent.parent)
+    try:
+        pid = int(Path(f"/run/nvhook/reserve{prefix.replace('/', '-')}/pid").read_text())
+        return pid if Path(f"/proc/{pid}/comm").read_text() == "nvhook-reserve\n" else 0
+    except OSError:
+        return 0
+
+
 def test_upgrade_under_a_loop_of_starts(shop: Workshop, host: Host, wrapper: Path) -> None:
     config = configure(host.place, shop.new("config.toml"), shop.new("state"))
     with Starts(shop, config, wrapper) as starts:
         starts.wait(3)
         before = len(starts.said)
+        reserve = _reserve(wrapper)
         host.install(NEW, 0.3)
         starts.wait(2)
         between = len(starts.said)
@@ -175,6 +186,8 @@ def test_upgrade_under_a_loop_of_starts(shop: Workshop, host: Host, wrapper: Pat
         starts.wait(1)  # which may have begun before
         after = len(starts.said)
         starts.wait(3)
+    assert _reserve(wrapper) == reserve
+    assert bool(reserve) == (wrapper != WRAPPER)
     assert set(_hold(starts.said[:before])) == {OLD}
     # The module is the old one still: its libraries as long as they are there, and no others.
     assert NEW not in _hold(starts.said[:between])
@@ -220,7 +233,7 @@ def test_kept_file_that_a_reboot_broke_off(shop: Workshop, host: Host, name: str
     config = configure(host.place, shop.new("config.toml"), state)
     state.mkdir()
     (state / name).write_bytes(content)
-    (state / f".{name}.new").write_bytes(content)
+    (state / f"{name}.4194305").write_bytes(content)  # the number of no process
     assert _version(shop.bundle().write(LOOK, ALL).run(config)) == OLD
 
 

@@ -6,8 +6,9 @@
     nvml.json        what NVML tells (nvml.py), if a container ever needed it
 
 Each is good exactly as long as what it was made from is the same: driver version, boot, linker cache, configuration;
-for NVML the GPUs and the layout of their MIG devices too. Whoever can write there decides what is mounted into
-containers, so a file that others than root and ourselves can have written is not believed.
+for the files the directories that were looked into (places.py), for NVML the GPUs and the layout of their MIG devices.
+Whoever can write there decides what is mounted into containers, so a file that others than root and ourselves can have
+written is not believed.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from .errors import DriverError, reason
 NAME = "inventory.json"
 _NVML_NAME = "nvml.json"
 _FILES = "files"
-_FORMAT = 4
+_FORMAT = 5
 _MAX_SIZE = 4 << 20
 _NVML_LIBRARY = "libnvidia-ml.so.1"
 _A_WHILE = 60  # seconds
@@ -56,7 +57,8 @@ def load(config: Config, version: str, warnings: list[str], *, again: bool = Fal
         driver = _read(path, origin, _driver)
         if driver is not None:
             return driver
-    driver = _discover(config, version, warnings)
+    looked: dict[str, int] = {}
+    driver = _discover(config, version, warnings, looked)
     otherwise = "the next container makes the inventory again"
     try:
         _lay_out(driver, config.state_dir, keep=keep)
@@ -64,7 +66,7 @@ def load(config: Config, version: str, warnings: list[str], *, again: bool = Fal
         warnings.append(f"write below `{config.state_dir}`: {reason(error)}; {otherwise}")
         return driver
     if keep:
-        _keep(path, {"origin": origin, **_describe(driver)}, warnings, otherwise)
+        _keep(path, {"origin": origin, "directories": [*looked.items()], **_describe(driver)}, warnings, otherwise)
     return driver
 
 
@@ -73,12 +75,16 @@ def is_kept(config: Config, version: str) -> bool:
     return _read(os.path.join(config.state_dir, NAME), _origin(config, version), _driver) is not None
 
 
-def _discover(config: Config, version: str, warnings: list[str]) -> Driver:
-    from . import discovery, wsl  # pyelftools and what it brings, once per driver
+def _discover(config: Config, version: str, warnings: list[str], looked: dict[str, int]) -> Driver:
+    """`looked` gets the directories that were looked into, and when each was changed last."""
+    from . import discovery, places, wsl  # pyelftools and what it brings, once per driver
 
+    root = places.noting(looked)
     if wsl.is_store(version):
-        return wsl.discover(config.driver_root, version)
-    return discovery.discover(config.driver_root, config.ldcache, version, warnings, proc_root=config.proc_root)
+        return wsl.discover(config.driver_root, version, opened=root)
+    return discovery.discover(
+        config.driver_root, config.ldcache, version, warnings, proc_root=config.proc_root, opened=root
+    )
 
 
 def _lay_out(driver: Driver, directory: str, *, keep: bool) -> None:
@@ -235,6 +241,11 @@ def _is_ours(status: os.stat_result) -> bool:
     return stat.S_ISREG(status.st_mode) and status.st_uid in writers and not status.st_mode & 0o022
 
 
+def _are_unchanged(directories: list[tuple[str, int]]) -> bool:
+    """Whether each was changed last when it was then; places.py has noted it. OSError when one has gone."""
+    return all(os.stat(path).st_mtime_ns == changed for path, changed in directories)
+
+
 def _is_text(value: object) -> bool:
     return isinstance(value, str)
 
@@ -281,6 +292,9 @@ def _members(inventory: Json, key: str, form: Form) -> list[Json]:
 
 
 def _driver(inventory: Json) -> Driver:
+    """ValueError when there may be more of it by now, or less."""
+    if not _are_unchanged(inventory["directories"]):
+        raise ValueError("another file may be there by now")
     return Driver(
         inventory["origin"]["driver"],
         [

@@ -33,6 +33,16 @@ def test_systemd_takes_them(tmp_path: Path) -> None:
     assert (done.returncode, ours) == (0, [])
 
 
+def test_service_has_few_rights() -> None:
+    """By systemd's own measure: 9.6 for a service that may do everything."""
+    if not shutil.which("systemd-analyze"):
+        cannot("systemd-analyze is not installed")
+    service = str(REPOSITORY / "packaging/systemd/nvhook-refresh.service")
+    command = ["systemd-analyze", "security", "--offline=yes", "--threshold=20", service]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout.splitlines()[-1:] + done.stderr.splitlines()
+
+
 @pytest.mark.root
 def test_what_they_start(simhost: Callable[[str], Path], tmp_path: Path) -> None:
     """With the capabilities of the unit and no other, and without new privileges."""
