@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -67,11 +69,14 @@ def machine(shop: Workshop) -> Iterator[Booted]:
         booted.end()
 
 
-@pytest.fixture
-def living(machine: Booted) -> Iterator[str]:
+WAYS = {"runtime": ("--runtime=nvidia", "--env=NVIDIA_VISIBLE_DEVICES=all"), "gpus": ("--gpus=all",)}
+
+
+@pytest.fixture(params=list(WAYS))
+def living(machine: Booted, request: pytest.FixtureRequest) -> Iterator[str]:
     """A container with both GPUs, on a host whose driver's nodes have no links yet."""
     machine.shell("rm -f /dev/char/*")
-    options = ("--detach", "--network=none", "--runtime=nvidia", "--env=NVIDIA_VISIBLE_DEVICES=all")
+    options = ("--detach", "--network=none", *WAYS[request.param])
     name = machine.here("docker", "run", *options, "debian", "/bin/sleep", "600").strip()
     yield name
     machine.call("docker", "rm", "--force", name)
@@ -99,16 +104,28 @@ def test_gpus_stay(machine: Booted, living: str, acts: list[str]) -> None:
     assert _look(machine, living) == OPEN + BOTH
 
 
-def test_another_driver(machine: Booted, living: str, shop: Workshop) -> None:
-    """The container keeps the files of the old one until it is started again."""
+@pytest.fixture
+def exchange(machine: Booted, shop: Workshop) -> Iterator[Callable[[], None]]:
+    """To be called once: driver NEW in the place of OLD."""
     (description,) = HOSTS.glob(f"{NAME}*.json")
     newer = shop.new("newer")
     build(json.loads(description.read_text().replace(OLD, NEW)), newer)
-    machine.shell(
-        f"cp -a --remove-destination {newer}/driver/. {HOST}/driver\n"
-        f"find {HOST}/driver -name '*{OLD}*' -prune -exec rm -r {{}} +\n"
-        f"cp {newer}/proc/driver/nvidia/version /proc/driver/nvidia/version"
-    )
+
+    def put(source: Path, other: str) -> None:
+        for name in ("driver", "proc"):
+            command = ["cp", "-a", "--remove-destination", f"{source}/{name}/.", f"{machine.host}/{name}"]
+            subprocess.run(command, check=True)
+        for path in list((machine.host / "driver").rglob(f"*{other}*")):
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        machine.shell(f"cat {HOST}/proc/driver/nvidia/version >/proc/driver/nvidia/version")
+
+    yield lambda: put(newer, OLD)
+    put(shop.simhost(NAME), NEW)
+
+
+def test_another_driver(machine: Booted, living: str, exchange: Callable[[], None]) -> None:
+    """The container keeps the files of the old one until it is started again."""
+    exchange()
     libraries = ("docker", "exec", living, "/bin/sh", "-c", "cat /proc/self/mountinfo")
     before = machine.here(*libraries)
     assert (f"libcuda.so.{OLD}" in before, f"libcuda.so.{NEW}" in before) == (True, False)
@@ -116,3 +133,10 @@ def test_another_driver(machine: Booted, living: str, shop: Workshop) -> None:
     after = machine.here(*libraries)
     assert (f"libcuda.so.{OLD}" in after, f"libcuda.so.{NEW}" in after) == (False, True)
     assert _look(machine, living) == OPEN + BOTH
+
+
+def test_systemd_forgets_with_the_container(machine: Booted, living: str) -> None:
+    script = f"find /run/systemd /etc/systemd -path '*docker-{living}.scope*'"
+    assert machine.shell(script)
+    machine.here("docker", "rm", "--force", living)
+    assert machine.shell(script) == ""
