@@ -69,6 +69,7 @@ class Booted:
     """`place` is an empty directory; `shared` is seen in there under its own path. RuntimeError if it does not boot."""
 
     def __init__(self, place: Path, host: Path, shared: Path) -> None:
+        self.host = host
         # One that systemd may have for itself: it takes the root of what it sees.
         top = Path("/sys/fs/cgroup/unified")
         self._group = (top if top.exists() else top.parent) / f"nvhook-test-{os.getpid()}"

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""With systemd as it is on a host: containers whose control groups it manages, and the units of the package."""
+"""linux/systemd.py; and a systemd as a host has it: containers whose control groups it manages, the package's units."""
 
 from __future__ import annotations
 
 import json
-import shutil
+import os
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,7 +14,8 @@ import pytest
 from booted import HOST, PROC_OF_HOST, Booted, missing
 from conftest import cannot
 from containers import TRY, Workshop
-from engines.machine import PLACES, wait
+from engines.machine import wait
+from nvhook.linux import systemd
 
 pytestmark = pytest.mark.root
 
@@ -45,6 +46,46 @@ def machine(shop: Workshop) -> Iterator[Booted]:
         cannot(str(error))
     yield booted
     booted.end()
+
+
+# What it is told of a container that runs; engines/test_docker_systemd.py has containers
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        pytest.param("0::/system.slice/docker-ab.scope\n", "docker-ab.scope", id="docker"),
+        pytest.param("0::/machine.slice/libpod-ab.scope/container\n", "libpod-ab.scope", id="crun-below-its-scope"),
+        pytest.param("9:devices:/x\n1:name=systemd:/system.slice/docker-ab.scope\n0::/\n", "docker-ab.scope", id="v1"),
+        pytest.param("0::/docker/ab\n", "", id="no-systemd"),
+        pytest.param("0::/system.slice/docker.service\n", "", id="service-of-the-engine"),
+        pytest.param("9:devices:/a.scope\n0::/\n", "", id="only-called-so"),
+        pytest.param("", "", id="nothing"),
+        pytest.param("0", "", id="cut"),
+    ],
+)
+def test_scope(tmp_path: Path, text: str, expected: str) -> None:
+    (tmp_path / "cgroup").write_text(text)
+    fd = os.open(tmp_path, os.O_PATH | os.O_DIRECTORY)
+    try:
+        assert systemd._scope(fd) == expected
+    finally:
+        os.close(fd)
+
+
+TELL = """
+import os, sys
+sys.path[:0] = ["/usr/lib/nvhook"]
+from nvhook.linux import cgroups, systemd
+systemd.allow(os.open(sys.argv[1], os.O_PATH), [cgroups.Rule("c", 195, 0, "rw")])
+"""
+
+
+def test_scope_without_a_list_gets_none(machine: Booted) -> None:
+    """With one systemd would refuse all other devices."""
+    machine.here("/usr/bin/python3", "-IS", "-c", TELL, "/proc/1")
+    shown = machine.here("systemctl", "show", "--property=DeviceAllow", "--property=DevicePolicy", "init.scope")
+    assert shown == "DevicePolicy=auto\n"
 
 
 # Containers whose control groups systemd manages
@@ -86,73 +127,14 @@ def test_gpus_stay_after_a_daemon_reload(machine: Booted, living: Callable[[], s
 
 
 def test_what_the_links_are_for(machine: Booted, living: Callable[[], str]) -> None:
-    """`load-kmods = false` makes none. A runtime that needs none is newer than those of the distributions."""
+    """`load-kmods = false` makes none."""
+    if "runc version 1.1.5" not in machine.here("runc", "--version"):
+        pytest.skip("a newer runc tells systemd of devices without links")
     machine.shell("rm -f /dev/char/*")
     machine.configure("nvidia-container-cli.load-kmods = false\n")
     assert living() == _all("open")
     machine.here("systemctl", "daemon-reload")
-    assert living() == _all("denied" if "version 1.1." in machine.here("runc", "--version") else "open")
-
-
-# Docker, as systemd starts it: its containers are scopes of systemd's
-
-_DOCKER = """\
-mkdir -p /srv/docker
-cat >/etc/docker-of-test.json <<.
-{{"live-restore": true, "exec-opts": ["native.cgroupdriver=systemd"], "storage-driver": "vfs", "bridge": "none",
-  "iptables": false, "ip6tables": false, "data-root": "/srv/docker", "oom-score-adjust": 0,
-  "default-runtime": "runc"}}
-.
-nvhook configure docker --config-file /etc/docker-of-test.json
-cat >/etc/systemd/system/docker-of-test.service <<.
-[Service]
-Type=notify
-ExecStart={dockerd} --config-file=/etc/docker-of-test.json
-KillMode=process
-Delegate=yes
-.
-systemctl daemon-reload
-systemctl start docker-of-test
-tar -C {image} -c . | docker import - image
-"""
-
-
-@pytest.fixture
-def docker(machine: Booted, shop: Workshop) -> Iterator[Booted]:
-    absent = [name for name in ("dockerd", "docker", "containerd", "tar") if not shutil.which(name, path=PLACES)]
-    if absent:
-        cannot(f"not installed: {', '.join(absent)}")
-    machine.configure("")
-    image = shop.bundle("busybox").rootfs
-    machine.shell(_DOCKER.format(dockerd=shutil.which("dockerd", path=PLACES), image=image))
-    yield machine
-    machine.shell("docker rm --force $(docker ps --all --quiet) || :; systemctl stop docker-of-test")
-
-
-def test_docker_is_reloaded_and_restarted(docker: Booted) -> None:
-    """The container lives on with its GPUs, and starts again afterwards."""
-    docker.shell("rm -f /dev/char/*")
-    words = ("--runtime=nvidia", "--network=none", "--env=NVIDIA_VISIBLE_DEVICES=all")
-    docker.here("docker", "run", "--detach", "--name=living", *words, "image", "/bin/sleep", "1000")
-    look = ("docker", "exec", "living", "/bin/sh", "-c", TRY + "\n".join(f"try {node}" for node in NODES))
-    first = docker.here("docker", "inspect", "--format={{.State.Pid}}", "living")
-    assert "/system.slice/docker-" in docker.here("cat", f"/proc/{first.strip()}/cgroup")
-    for command in ("daemon-reload", "restart docker-of-test", "daemon-reexec", "daemon-reload"):
-        docker.here("systemctl", *command.split())
-        assert docker.here(*look) == _all("open"), command
-        assert docker.here("docker", "inspect", "--format={{.State.Pid}}", "living") == first
-    docker.here("docker", "restart", "--time=0", "living")
-    assert docker.here(*look) == _all("open")
-
-
-def test_gpus_of_the_hook_alone_are_lost(docker: Booted) -> None:
-    """As docs/upgrades.md says of `--gpus`: that a reload takes what is not in the specification is seen here."""
-    words = ("--gpus=all", "--network=none")
-    docker.here("docker", "run", "--detach", "--name=lost", *words, "image", "/bin/sleep", "1000")
-    look = ("docker", "exec", "lost", "/bin/sh", "-c", TRY + "\n".join(f"try {node}" for node in NODES))
-    assert docker.here(*look) == _all("open")
-    docker.here("systemctl", "daemon-reload")
-    assert docker.here(*look) == _all("denied")
+    assert living() == _all("denied")
 
 
 # The units

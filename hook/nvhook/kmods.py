@@ -49,22 +49,10 @@ def load(module: str, program: str) -> None:
     """Run `program` for `module`, and wait; DeviceError with the last line that it printed."""
     from .linux import child  # hardly ever: once after a boot
 
-    output, theirs = os.pipe2(os.O_CLOEXEC)
-    streams = [
-        (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
-        (os.POSIX_SPAWN_DUP2, theirs, 1),
-        (os.POSIX_SPAWN_DUP2, theirs, 2),
-    ]
     try:
-        try:
-            started = os.posix_spawn(program, [program, module], _ENVIRONMENT, file_actions=streams)
-        finally:
-            os.close(theirs)
-        status, text = child.watch(started, output, _SECONDS)
+        status, text = child.run([program, module], _ENVIRONMENT, _SECONDS)
     except OSError as error:
         status, text = -1, f"run `{program}`: {reason(error)}"
-    finally:
-        os.close(output)
     if status != 0:
         raise DeviceError(
             f"the {module} kernel module is not loaded, and cannot be: {text or f'status {status}'}",

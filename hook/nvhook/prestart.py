@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from .container import Container
     from .driver import Driver
     from .gpus import Gpus, Selection
+    from .linux.cgroups import Rule
     from .linux.root import Root
     from .request import Request
 
@@ -78,7 +79,9 @@ def serve(
         trail.chosen = ahead.chosen
     edits = ahead.edits
     notes = _notes(config, state, warnings)
-    change(config, container, edits, _not_allowed(edits, described) if trail else [])
+    closed = _not_allowed(edits, described) if trail else []
+    _tell_systemd(closed, config, container, warnings)
+    change(config, container, edits, closed)
     if trail:
         trail.grant()
     if notes:
@@ -244,15 +247,34 @@ def _allow(missing: list[editing.Device], config: Config, container: Container) 
     from .linux import cgroups  # only where there was no wrapper
 
     try:
-        return cgroups.allow(
-            container.proc, [cgroups.Rule("c", edit.major, edit.minor, edit.access) for edit in missing]
-        )
+        return cgroups.allow(container.proc, _rules(missing))
     except (OSError, ValueError) as error:
         why = error.strerror if isinstance(error, OSError) and error.strerror else error
         raise ContainerError(
             f"allow {', '.join(edit.path for edit in missing)} in the device cgroup: {why}",
             "start the container with --runtime=nvidia, which writes the rules into its configuration",
         ) from None
+
+
+def _tell_systemd(missing: list[editing.Device], config: Config, container: Container, warnings: list[str]) -> None:
+    """Before the cgroup is opened: what systemd applies then is opened with the rest."""
+    if not missing or config.no_cgroups or container.rootless:
+        return
+    from .linux import systemd  # only where there was no wrapper
+
+    try:
+        systemd.allow(container.proc, _rules(missing))
+    except OSError as error:
+        warnings.append(
+            f"tell systemd of the container's devices: {reason(error)}; the next `systemctl daemon-reload` takes them, "
+            "and --runtime=nvidia keeps them"
+        )
+
+
+def _rules(nodes: list[editing.Device]) -> list[Rule]:
+    from .linux.cgroups import Rule
+
+    return [Rule("c", node.major, node.minor, node.access) for node in nodes]
 
 
 def _nothing() -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+import booted
 from conftest import cannot
 from containers import REPOSITORY, configure
 
@@ -66,3 +67,36 @@ def test_rule_names_the_unit() -> None:
     assert rules
     command = 'RUN+="/bin/systemctl --no-block restart nvhook-refresh.service"'
     assert all(rule.endswith(f", {command}") for rule in rules)
+
+
+@pytest.mark.root
+def test_package_on_a_machine_with_systemd(simhost: Callable[[str], Path], tmp_path: Path) -> None:
+    """The unit watches from the first installation on, stays disabled if it was, and goes with the package."""
+    if reason := booted.missing():
+        cannot(reason)
+    env = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin"}
+    command = [str(REPOSITORY / "packaging/build"), "deb", str(tmp_path / "dist")]
+    deb = subprocess.run(command, env=env, check=True, capture_output=True, text=True).stdout.strip()
+    (tmp_path / "machine").mkdir()
+    machine = booted.Booted(tmp_path / "machine", simhost("a100x2"), tmp_path)
+    try:
+        machine.here("rm", "-r", "/usr/lib/nvhook", "/etc/nvidia-container-runtime")
+        machine.here("dpkg", "--force-depends", "--install", deb)
+        assert _state(machine) == "enabled active"
+        machine.here("systemctl", "start", "nvhook-refresh.service")
+        assert machine.here("ls", "/run/nvhook") == ""  # there is no driver in what the service sees
+        machine.here("systemctl", "disable", "--now", "nvhook-refresh.path")
+        machine.here("dpkg", "--force-depends", "--install", deb)
+        assert _state(machine) == "disabled inactive"
+        machine.here("systemctl", "enable", "--now", "nvhook-refresh.path")
+        machine.here("dpkg", "--purge", "nvhook")
+        assert _state(machine) == "inactive"
+        left = "/run/nvhook /etc/nvidia-container-runtime /etc/systemd/system/paths.target.wants/nvhook-refresh.path"
+        assert machine.shell(f"for path in {left}; do [ ! -e $path ] || echo $path; done") == ""
+    finally:
+        machine.end()
+
+
+def _state(machine: booted.Booted) -> str:
+    words = [machine.call("systemctl", verb, "nvhook-refresh.path").stdout for verb in ("is-enabled", "is-active")]
+    return " ".join("".join(words).split())

@@ -21,6 +21,24 @@ def readable(fds: list[int], seconds: float | None = None) -> list[int]:
     return [fd for fd, _ in waiting.poll(None if seconds is None else max(0.0, seconds) * 1000)]
 
 
+def run(words: list[str], environment: dict[str, str], seconds: int) -> tuple[int, str]:
+    """Run a program, whose path is the first of `words`, and `watch` it; OSError if it cannot be run."""
+    output, theirs = os.pipe2(os.O_CLOEXEC)
+    streams = [
+        (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
+        (os.POSIX_SPAWN_DUP2, theirs, 1),
+        (os.POSIX_SPAWN_DUP2, theirs, 2),
+    ]
+    try:
+        try:
+            started = os.posix_spawn(words[0], words, environment, file_actions=streams)
+        finally:
+            os.close(theirs)
+        return watch(started, output, seconds)
+    finally:
+        os.close(output)
+
+
 def watch(child: int, output: int, seconds: int) -> tuple[int, str]:
     """The exit status of `child` and the last line that came through `output`; it is killed when its time is over.
 
