@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,9 @@ from simhost.build import build
 
 HOSTS = Path(__file__).parent / "hosts"
 _CAP_SYS_ADMIN = 21
+
+# A shell that starts this in the background lets it ignore Ctrl-C, and every program that is started from here.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
