@@ -54,14 +54,6 @@ ask_reserve() {
     return 2
 }
 
-# end_reserve DIR: for who takes its modules away. It cannot be asked: package managers live in other control groups.
-end_reserve() {
-    nv_pid=
-    nv_line=
-    { read -r nv_pid <"$1/pid" && read -r nv_line <"/proc/$nv_pid/comm"; } 2>/dev/null || :
-    [ "$nv_line" != nvhook-reserve ] || kill "$nv_pid" 2>/dev/null || :
-}
-
 # Whether the process $nv_pid lives as this one does: what it does for us is then what we would have done. Neither another
 # mount namespace nor a frozen control group nor a process that is stopped is ours.
 is_our_like() {

@@ -78,6 +78,16 @@ def test_load_no_file_that_must_exist(tmp_path: Path) -> None:
     assert str(raised.value) == f"config error: read `{path}`: no such file"
 
 
+def test_load_while_a_package_is_installed_over_it(tmp_path: Path) -> None:
+    """packaging/deb/preinst: the administrator's policy has no gap."""
+    path = tmp_path / "config.toml"
+    path.write_text("")
+    (tmp_path / "config.toml.before-nvhook").write_text('supported-driver-capabilities = "utility"\n')
+    found = config.load(str(path), must_exist=True)
+    assert found.supported_capabilities == ("utility",)
+    assert found.path == str(path)  # the hook reads it again, and by then it may be back
+
+
 def test_load_directory_is_no_file(tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as raised:
         config.load(str(tmp_path))

@@ -57,6 +57,12 @@ TESTED = {
     ),
     "dpkg --remove nvhook": "tests/packaging/test_packages.py::test_install_remove_purge",
     "make install": "tests/test_install.py::test_command_from_anywhere_with_an_empty_environment",
+    "make deb && sudo apt install ./build/dist/nvhook_*_all.deb": (
+        "tests/packaging/test_packages.py::test_takes_the_place_of_nvidia_s"
+    ),
+    "make rpm && sudo dnf install ./build/dist/nvhook-*.noarch.rpm": (
+        "tests/packaging/test_packages.py::test_rpm_takes_the_place_of_nvidia_s_and_goes"
+    ),
     "make install PREFIX=/usr": "tests/test_install.py::test_hooks_for_podman_name_the_hook_that_is_installed",
     "make uninstall": "tests/test_install.py::test_uninstall_leaves_nothing",
     "nvhook configure crio --restart": "tests/test_configure.py::test_crio_drop_in",
@@ -90,12 +96,6 @@ NOT_RUN = {
     "make bench REAL=1": "needs a GPU, and measures for minutes",
     "make bench ROWS=gpu PEER=/usr/bin": "needs another runtime",
     "make bench RUNS=40 ROWS=gpu,no-request JSON=result.json": "measures for minutes",
-    "make deb && sudo apt install ./build/dist/nvhook_*_all.deb": (
-        "apt asks for packages of the network; tests/packaging installs what `make deb` builds with dpkg"
-    ),
-    "make rpm && sudo dnf install ./build/dist/nvhook-*.noarch.rpm": (
-        "Debian has no dnf; tests/packaging tries what is in the rpm"
-    ),
     "pip install .": "pip asks for packages of the network",
     "scripts/test": "runs this test",
 }

@@ -194,7 +194,7 @@ def test_others_of_the_same_name_are_told(tmp_path: Path) -> None:
     words = [str(INSTALL), "install", str(tmp_path / "p"), str(tmp_path / "etc")]
     done = subprocess.run(words, capture_output=True, text=True, check=True, env=env)
     ours = tmp_path / "p/bin/nvidia-container-runtime"
-    line = f"install: `{theirs}/nvidia-container-runtime` is found before `{ours}`: remove it, or see `nvhook doctor`"
+    line = f"nvhook: `{theirs}/nvidia-container-runtime` is found before `{ours}`: remove it, or see `nvhook doctor`"
     assert line in done.stderr.splitlines()
 
 

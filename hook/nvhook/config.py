@@ -78,6 +78,8 @@ _MODES = ("auto", "legacy", "cdi", "jit-cdi", "csv")
 _COMPAT_MODES = ("disabled", "hook", "ldconfig", "mount")
 _LOG_LEVELS = ("trace", "debug", "info", "warning", "warn", "error", "fatal", "panic")
 
+_ASIDE = ".before-nvhook"  # packaging/deb/preinst
+
 
 class Config:
     """The values that count, each checked; `path` is the file they came from, or empty for built-in defaults."""
@@ -144,7 +146,7 @@ def load(path: str, *, must_exist: bool = False) -> Config:
     type, and a value that is none of those a key knows.
     """
     try:
-        with open(path, "rb") as file:
+        with open(in_force(path), "rb") as file:
             content = file.read(MAX_SIZE + 1)
     except FileNotFoundError:
         if must_exist:
@@ -158,6 +160,12 @@ def load(path: str, *, must_exist: bool = False) -> Config:
         return _from_table(_parse(content, path), path)
     except RecursionError:
         raise ConfigError(f"parse `{path}`: too deeply nested", "take levels away") from None
+
+
+def in_force(path: str) -> str:
+    """`path`, or the file beside it that counts in its place while a package is being installed over it."""
+    aside = path + _ASIDE
+    return aside if os.access(aside, os.F_OK) else path
 
 
 def _parse(content: bytes, path: str) -> dict[str, object]:

@@ -1,0 +1,71 @@
+# SPDX-License-Identifier: Apache-2.0
+# shellcheck shell=sh
+#
+# What an installation does to the host around it: read by scripts/install, and by the packages' own scripts, which have
+# it below /usr/lib/nvhook.
+
+commands='nvidia-container-runtime nvidia-container-runtime-hook nvidia-container-cli nvhook nvidia-docker'
+
+# end_reserve DIR: the process that serves the next container has the old modules. It cannot be asked to end: package
+# managers live in other control groups.
+end_reserve() {
+    pid=
+    name=
+    { read -r pid <"$1/pid" && read -r name <"/proc/$pid/comm"; } 2>/dev/null || :
+    [ "$name" != nvhook-reserve ] || kill "$pid" 2>/dev/null || :
+}
+
+# warn_of_others BIN: NVIDIA's toolkit, whole or half removed, or another nvhook, which engines would find first.
+warn_of_others() {
+    for name in $commands; do
+        found=$(command -v "$name" || :)
+        [ -z "$found" ] || [ "$found" -ef "$1/$name" ] ||
+            printf 'nvhook: `%s` is found before `%s`: remove it, or see `nvhook doctor`\n' "$found" "$1/$name" >&2
+    done
+}
+
+# From here on for the packages.
+
+# Bytecode that never looks at the source's time: what is installed changes with the package alone. Old bytecode, which
+# would outlive its source for that reason, goes before.
+compile() {
+    forget_bytecode
+    /usr/bin/python3 -I -m compileall -q --invalidation-mode unchecked-hash /usr/lib/nvhook ||
+        echo 'nvhook: no bytecode could be made: every start takes longer' >&2
+}
+
+forget_bytecode() {
+    find /usr/lib/nvhook -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || :
+}
+
+# after_install FORMER: nothing here is a reason for a package to fail. FORMER is empty at the first installation.
+after_install() {
+    compile
+    end_reserve /run/nvhook/reserve-usr
+    warn_of_others /usr/bin
+    nvhook refresh || : # no driver, or one that is half installed, is told
+    if [ -d /run/systemd/system ]; then
+        systemctl daemon-reload || :
+        if [ -z "$1" ]; then
+            systemctl enable --now nvhook-refresh.path || :
+        else
+            systemctl try-restart nvhook-refresh.path || : # who has disabled it meant that
+        fi
+        if [ -S /run/udev/control ]; then udevadm control --reload || :; fi
+    fi
+    [ "$1" ] || echo 'To register the runtime in an engine: nvhook configure docker (or containerd, crio, podman)'
+}
+
+# An engine must not name a runtime that is gone: what `nvhook configure` wrote is taken out again.
+before_removal() {
+    notes=/etc/nvidia-container-runtime/configured
+    if [ "$(ls -A "$notes" 2>/dev/null)" ]; then
+        for engine in docker containerd crio podman; do
+            nvhook configure "$engine" --remove || :
+        done
+        for note in "$notes"/*; do
+            [ ! -e "$note" ] || printf 'nvhook: a file of an engine still names this runtime: see `%s`, and take it out\n' "$note" >&2
+        done
+    fi
+    if [ -d /run/systemd/system ]; then systemctl disable --now nvhook-refresh.path nvhook-refresh.service || :; fi
+}
