@@ -46,6 +46,7 @@ def main(arguments: list[str], default_config: str) -> int:
     chosen = os.environ.get("NVHOOK_CONFIG")
     options.config_path = chosen or default_config
     options.config_must_exist = bool(chosen)
+    options.parser = parser  # for `completion`
     warnings: list[str] = []
     try:
         status: int = options.run(options, warnings)

@@ -26,7 +26,5 @@ def add(commands: Subparsers) -> None:
 def run(options: argparse.Namespace, warnings: list[str]) -> int:  # noqa: ARG001 - there are none
     import shtab
 
-    from nvhook import cli  # which imports this module
-
-    print(shtab.complete(cli.make_parser(), options.shell))
+    print(shtab.complete(options.parser, options.shell))
     return 0

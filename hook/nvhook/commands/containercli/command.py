@@ -12,10 +12,10 @@ import os
 import sys
 import time
 
-from nvhook import audit
 from nvhook import config as configuration
 from nvhook import version as ours
 from nvhook.commands.containercli import options as containeroptions
+from nvhook.commands.containercli.log import Log
 from nvhook.commands.containercli.options import NAME, InputError
 from nvhook.errors import NvhookError
 
@@ -30,22 +30,6 @@ _VERSION = "1.17.8"
 
 # Our stages -> NVIDIA's classes of errors, where they differ.
 _CLASSES = {"config": "initialization", "driver": "initialization", "request": "input"}
-
-
-class Log:
-    """--debug=FILE: what is done, line by line."""
-
-    def __init__(self, path: str | None, warnings: list[str]) -> None:
-        self._fd = audit.open_log(path or "")
-        if path and path != os.devnull and self._fd < 0:
-            warnings.append(f"--debug={path} cannot be written")
-
-    def __bool__(self) -> bool:
-        return self._fd >= 0
-
-    def write(self, level: str, text: str) -> None:
-        if self:
-            audit.append(self._fd, audit.entry(level, text))
 
 
 def main(arguments: list[str], default_config: str) -> int:

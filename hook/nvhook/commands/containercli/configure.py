@@ -26,7 +26,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     import argparse
 
-    from nvhook.commands.containercli.command import Log
+    from nvhook.commands.containercli.log import Log
     from nvhook.config import Config
 
 
