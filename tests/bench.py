@@ -51,7 +51,8 @@ class Side:
 
 
 class Bench:
-    """`place` is a directory that is thrown away afterwards; root filesystems are overlays in a tmpfs there."""
+    """`place` is a directory that is thrown away afterwards. Root filesystems are overlays in a tmpfs there, and so are
+    our state directories: the usual one is below /run."""
 
     def __init__(self, place: Path, runs: int) -> None:
         self.place = place
@@ -96,7 +97,7 @@ class Bench:
         config = self.place / f"{name}.toml"
         if not config.exists():
             build(HOSTS / f"{name}.json", self.place / name)
-            configure(self.place / name, config, self.place / f"{name}-state", runtime=self.low_level)
+            configure(self.place / name, config, self.place / "upper" / f"{name}-state", runtime=self.low_level)
         return config
 
     def plain(self, image: Path | None = None) -> Side:
@@ -388,7 +389,7 @@ def real_config(bench: Bench) -> Path:
     config = bench.place / "real.toml"
     config.write_text(
         f'[nvidia-container-runtime]\nruntimes = ["{bench.low_level}"]\n'
-        f'[nvhook]\nstate-dir = "{bench.place}/real-state"\n'
+        f'[nvhook]\nstate-dir = "{bench.place}/upper/real-state"\n'
     )
     return config
 
