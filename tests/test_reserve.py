@@ -69,6 +69,16 @@ class Installed:
             return 0
         return 0 if state == "Z" else number
 
+    def child(self) -> int:
+        """The pid of the one that is there for whoever asks next, once it is."""
+        end = time.monotonic() + 10
+        while time.monotonic() < end:
+            for child in Path(f"/proc/{self.pid()}/task/{self.pid()}/children").read_text().split():
+                if _name_of(int(child)) == "nvhook-next":
+                    return int(child)
+            time.sleep(0.01)
+        raise AssertionError("none was forked ahead")
+
     def wait(self) -> int:
         """Its pid, once it is ready."""
         end = time.monotonic() + 10
@@ -86,6 +96,22 @@ class Installed:
         if self.pid():
             self.kill(signal.SIGKILL)
         shutil.rmtree(self.reserve, ignore_errors=True)
+
+
+def _name_of(pid: int) -> str:
+    """Empty for one that is over."""
+    try:
+        return Path(f"/proc/{pid}/comm").read_text().strip()
+    except OSError:
+        return ""
+
+
+def _is_over(pid: int) -> bool:
+    """Whether the process is, soon."""
+    end = time.monotonic() + 10
+    while _name_of(pid) and time.monotonic() < end:
+        time.sleep(0.01)
+    return not _name_of(pid)
 
 
 @pytest.fixture(scope="module")
@@ -177,8 +203,16 @@ def test_bundle_of_the_current_directory(shop: Workshop, installed: Installed) -
 
 def test_nothing_of_a_container_stays_in_it(shop: Workshop, installed: Installed) -> None:
     secret = "s3cret-of-the-container"
+    before = installed.child()
     assert _start(shop, installed, {"TOKEN": secret}).stdout == BOTH
-    pid = installed.pid()
+    assert installed.child() != before
+    for pid in (installed.pid(), installed.child()):
+        content = _memory_of(pid)
+        assert b"nvhook" in content
+        assert secret.encode() not in content
+
+
+def _memory_of(pid: int) -> bytes:
     found = []
     maps = [line.split(" ") for line in Path(f"/proc/{pid}/maps").read_text().splitlines()]
     with open(f"/proc/{pid}/mem", "rb") as memory:
@@ -187,16 +221,16 @@ def test_nothing_of_a_container_stays_in_it(shop: Workshop, installed: Installed
             if rights.startswith("rw"):
                 memory.seek(begin)
                 found.append(memory.read(end - begin))
-    content = b"".join(found)
-    assert b"nvhook" in content
-    assert secret.encode() not in content
+    return b"".join(found)
 
 
 def test_it_holds_nothing_of_the_one_who_left_it(installed: Installed) -> None:
     """Neither streams nor directory nor environment: an engine waits for the end of the first."""
     place = Path(f"/proc/{installed.pid()}")
-    targets = {os.readlink(fd) for fd in (place / "fd").iterdir()}
-    assert {target for target in targets if not target.startswith(f"{installed.reserve}/")} == {"/dev/null"}
+    installed.child()
+    targets = [os.readlink(fd) for fd in (place / "fd").iterdir()]
+    others = [target.partition(":")[0] for target in targets if not target.startswith(f"{installed.reserve}/")]
+    assert sorted(others) == ["/dev/null", "/dev/null", "/dev/null", "pipe", "pipe"]  # those of the child ahead
     assert os.readlink(place / "cwd") == "/"
     assert (place / "comm").read_text() == "nvhook-reserve\n"
     assert os.stat(installed.reserve).st_mode & 0o777 == 0o700
@@ -216,16 +250,24 @@ def test_container_without_it(shop: Workshop, installed: Installed, signum: sign
         assert _interpreters(shop, installed) == 0
 
 
-def test_killed_while_it_works(installed: Installed) -> None:
-    """The one who asks has written, and waits."""
-    installed.kill(signal.SIGSTOP)
-    slot = installed.reserve / "0"
-    script = f'. {installed.prefix}/lib/nvhook/ask.sh; talk {slot} "1\nx\n"; echo $?'
+@pytest.mark.parametrize("slot", ["0", "1"], ids=["child", "reserve"])
+def test_killed_while_it_works(installed: Installed, slot: str) -> None:
+    """The one who asks has written, and waits for the child ahead, or for the reserve."""
+    pid = installed.child() if slot == "0" else installed.pid()
+    os.kill(pid, signal.SIGSTOP)
+    script = f'. {installed.prefix}/lib/nvhook/ask.sh; talk {installed.reserve}/{slot} "1\nx\n"; echo $?'
     asking = subprocess.Popen(["/bin/sh", "-c", script], stdout=subprocess.PIPE, text=True)
     with pytest.raises(subprocess.TimeoutExpired):
         asking.wait(0.2)
-    installed.kill(signal.SIGKILL)
+    os.kill(pid, signal.SIGKILL)
     assert asking.communicate(timeout=10)[0] == "2\n"
+    assert slot == "1" or installed.child() != pid
+
+
+def test_child_ahead_ends_with_it(installed: Installed) -> None:
+    child = installed.child()
+    installed.kill(signal.SIGKILL)
+    assert _is_over(child)
 
 
 @pytest.mark.parametrize(
@@ -331,7 +373,7 @@ def test_one_alone(tmp_path: Path, installed: Installed) -> None:
         assert child.wait(10) == 0
     time.sleep(0.3)
     waiting = [path for path in Path("/proc").glob("[0-9]*/cmdline") if _ends_with(path, f"\0{place}\0")]
-    assert len(waiting) == 1
+    assert sorted(_name_of(int(path.parent.name)) for path in waiting) == ["nvhook-next", "nvhook-reserve"]
 
 
 def _ends_with(path: Path, text: str) -> bool:

@@ -9,7 +9,8 @@ it (../ask.sh) instead of starting Python; so does the poststop hook. What conne
     0 to 15         slots. `taken` is made by the one who asks, `ask` and `answer` are FIFOs
 
 Nothing of one container is left for the next: what was asked is read by a child of its own, which is also the process
-that stands by for that container (standby.py). It fails safely: an asker whose answer does not come starts Python.
+that stands by for that container (standby.py). The child that will read the next question in slot 0 is there already,
+so that nobody waits for a fork and its pages. It fails safely: an asker whose answer does not come starts Python.
 """
 
 from __future__ import annotations
@@ -20,12 +21,13 @@ import os
 import signal
 import time
 
-from nvhook.linux import userns
+from nvhook.linux import memory, userns
 from nvhook.linux.child import readable
 
 from . import standby
 
 _SECONDS = 300  # without a request
+_PAUSE = 0.005  # without one, before a child is forked ahead for the next
 _PATIENCE = 60  # for one request, and for a slot that was taken by who never asked
 _SLOTS = 16
 _MAX_TEXT = 1 << 16  # ask.sh writes less
@@ -36,14 +38,22 @@ _CODE = os.path.dirname(os.path.abspath(__file__))
 
 
 class Slot:
-    """One who asks at a time. `ask` and `answer` are descriptors, open both ways: no open waits, and no read ends."""
+    """One who asks at a time. `ask` and `answer` are descriptors, open both ways: no open waits, and no read ends.
 
-    __slots__ = ("answer", "ask", "path")
+    child    of a slot that has been given to a child ahead, in place of these two: the end of a pipe that is readable
+             once the child has answered or is gone, and the end of another with which the child ends
+    """
+
+    __slots__ = ("answer", "ask", "child", "path")
 
     def __init__(self, path: str) -> None:
         self.path = path
+        self.child: tuple[int, int] | None = None
         os.mkdir(path, 0o700)
         self._open()
+
+    def watched(self) -> int:
+        return self.child[0] if self.child else self.ask
 
     def _open(self) -> None:
         for name in _FIFOS:
@@ -51,16 +61,21 @@ class Slot:
         self.ask, self.answer = [os.open(f"{self.path}/{name}", os.O_RDWR | os.O_CLOEXEC) for name in _FIFOS]
 
     def close(self) -> None:
-        os.close(self.ask)
-        os.close(self.answer)
+        for fd in self.child or (self.ask, self.answer):
+            os.close(fd)
+
+    def give(self, child: tuple[int, int]) -> None:
+        self.close()
+        self.child = child
 
     def renew(self) -> None:
         """For the next one; a child has what belongs to the one before. It is free when `taken` is gone."""
         self.close()
+        self.child = None
         for name in _FIFOS:
             os.unlink(f"{self.path}/{name}")
         self._open()
-        os.unlink(f"{self.path}/taken")
+        _unlink(f"{self.path}/taken")
 
     def is_forgotten(self) -> bool:
         """Whether it was taken long ago, by who has not asked since."""
@@ -104,12 +119,19 @@ def _serve(place: str, lock: int) -> None:
     with open(os.open(f"{place}/pid.new", standby.NEW_FILE, 0o600), "w") as file:
         file.write(f"{os.getpid()}\n")
     os.rename(f"{place}/pid.new", f"{place}/pid")
-    while asked := readable([slot.ask for slot in slots], _SECONDS):
+    first = slots[0]
+    while True:
+        asked = readable([slot.watched() for slot in slots], _SECONDS if first.child else _PAUSE)
+        if not asked:
+            if first.child:
+                break  # nobody has asked for so long
+            _fork_ahead(first, slots, lock, code)  # not in a burst, where it would take what the others need
         if _version_of_code() != code:
             break  # another version has been installed
         for slot in slots:
-            if slot.ask in asked:
-                _fork(slot, slots, lock)
+            if slot.watched() in asked:
+                if not slot.child:
+                    _fork(slot, slots, lock)
                 slot.renew()
             elif slot.is_forgotten():
                 slot.renew()
@@ -173,22 +195,48 @@ def _unlink(path: str) -> None:
 
 
 def _fork(slot: Slot, slots: list[Slot], lock: int) -> None:
+    """A child that answers who has asked."""
     if os.fork():
         return
     try:
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        signal.alarm(_PATIENCE)
-        os.close(lock)
-        for other in slots:
-            if other is not slot:
-                other.close()
+        _be_child_for(slot, slots, lock)
         _answer(slot)
     finally:
         os._exit(0)
 
 
+def _fork_ahead(slot: Slot, slots: list[Slot], lock: int, code: list[tuple[int, int]]) -> None:
+    """A child that answers the next who asks in this slot, and has no page to copy then."""
+    done, theirs = os.pipe2(os.O_CLOEXEC)
+    end, ours = os.pipe2(os.O_CLOEXEC)
+    if os.fork():
+        os.close(theirs)
+        os.close(end)
+        slot.give((done, ours))
+        return
+    try:
+        os.close(done)
+        os.close(ours)
+        _be_child_for(slot, slots, lock)
+        standby.be_called("nvhook-next")
+        memory.populate()
+        if slot.ask in readable([slot.ask, end]) and _version_of_code() == code:
+            _answer(slot)
+    finally:
+        os._exit(0)
+
+
+def _be_child_for(slot: Slot, slots: list[Slot], lock: int) -> None:
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    os.close(lock)
+    for other in slots:
+        if other is not slot:
+            other.close()
+
+
 def _answer(slot: Slot) -> None:
     """Do what is asked. An answer that does not come, for whatever reason, is one as well."""
+    signal.alarm(_PATIENCE)
     words = _read(slot.ask)
     if words[0] == "create":
         _create(slot, words)

@@ -16,6 +16,7 @@ import os
 import struct
 
 _X86_64 = os.uname().machine == "x86_64"
+_NR_MADVISE = 28 if _X86_64 else 233
 _NR_PRCTL = 157 if _X86_64 else 167
 _NR_SOCKET = 41 if _X86_64 else 198
 _NR_CONNECT = 42 if _X86_64 else 203
@@ -80,6 +81,9 @@ CLONE_NEWIPC = 0x08000000
 CLONE_NEWUSER = 0x10000000
 CLONE_NEWPID = 0x20000000
 CLONE_NEWNET = 0x40000000
+
+# madvise(2)
+MADV_POPULATE_WRITE = 23
 
 # prctl(2)
 PR_SET_PDEATHSIG = 1
@@ -234,6 +238,10 @@ def clearenv() -> None:
     # That leaves no list at all, and not every program expects it.
     _Function(_ctypes.dlsym(_LIBC, "setenv"))(b"_", b"", _Long(1))
     _Function(_ctypes.dlsym(_LIBC, "unsetenv"))(b"_")
+
+
+def madvise(address: int, length: int, advice: int) -> None:
+    _syscall(_NR_MADVISE, address, length, advice)
 
 
 def prctl(option: int, arg: int = 0) -> None:
