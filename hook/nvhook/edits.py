@@ -540,7 +540,7 @@ class Ldcache(Edit):
     the image's own cache. Where that is missing, odd or older than its directories, the host's ldconfig makes another.
     """
 
-    __slots__ = ("_cache", "_is_wanted", "_ldconfig", "_program", "directories", "former", "names")
+    __slots__ = ("_cache", "_is_wanted", "_ldconfig", "_merged", "_program", "directories", "former", "names")
     kind = "ldcache"
 
     def __init__(self, directories: tuple[str, ...], names: tuple[tuple[str, str, int], ...] = ()) -> None:
@@ -550,10 +550,19 @@ class Ldcache(Edit):
         self.former = -1  # a descriptor of the image's own cache, once it is replaced
         self._is_wanted = False
         self._cache: bytes | None = None
+        self._merged = b"", b""  # a cache of an image, and what comes of it
         self._program = -1
 
     def describe(self) -> dict[str, object]:
         return {"kind": self.kind, "directories": list(self.directories)}
+
+    def foresee(self, root: Root) -> None:
+        """Make the new cache for the cache in `root`, which the container will have if nothing is mounted over it."""
+        if self._is_wanted and self.names:
+            try:
+                self._merge(_old_cache(root))
+            except (OSError, ValueError):
+                return  # `examine` looks again
 
     def prepare(self, config: Config) -> None:
         """Open the host's ldconfig; an empty path in config.toml means that no cache is wanted."""
@@ -574,7 +583,7 @@ class Ldcache(Edit):
             return
         if self.names:
             try:
-                self._cache = _merged(container.root, self.names)
+                self._cache = self._merge(_old_cache(container.root))
                 self._is_wanted = bool(self._cache)
                 return
             except (OSError, ValueError):
@@ -610,6 +619,14 @@ class Ldcache(Edit):
         except OSError as error:
             raise LdcacheError(f"make `{_CACHE}` of `{container.rootfs}`: {reason(error)}") from None
 
+    def _merge(self, old: bytes) -> bytes:
+        """`old` with our names added, empty where they are there already. ValueError where ldconfig has to make it."""
+        if self._merged[0] != old:
+            names = [ldmerge.Name(directory, name, _MACHINES[bits]) for directory, name, bits in self.names]
+            merged = ldmerge.merge(old, names)
+            self._merged = old, b"" if merged is old else merged
+        return self._merged[1]
+
     def _remember(self, etc: int, name: str) -> None:
         """A new file is renamed over the cache: the old one lives on in our descriptor."""
         status = _look(etc, name)
@@ -628,11 +645,8 @@ _MACHINES = {64: {"x86_64": "x86-64"}.get(_MACHINE, _MACHINE), 32: "i386"}
 _MAX_DIRECTORIES = 512  # that the libraries of a cache are in
 
 
-def _merged(root: Root, names: tuple[tuple[str, str, int], ...]) -> bytes:
-    """The image's linker cache with `names` added, empty where they are there already.
-
-    OSError or ValueError where ldconfig has to make it.
-    """
+def _old_cache(root: Root) -> bytes:
+    """The image's linker cache. OSError or ValueError where ldconfig has to make a new one."""
     fd = root.open_file(_CACHE, os.O_NOFOLLOW)
     try:
         status = os.fstat(fd)
@@ -647,8 +661,7 @@ def _merged(root: Root, names: tuple[tuple[str, str, int], ...]) -> bytes:
     for path in (*directories, "/etc/ld.so.conf", "/etc/ld.so.conf.d"):
         if _changed(root, path) > status.st_mtime_ns:
             raise ValueError(f"`{path}` is newer")
-    merged = ldmerge.merge(data, [ldmerge.Name(directory, name, _MACHINES[bits]) for directory, name, bits in names])
-    return b"" if merged is data else merged
+    return data
 
 
 def _changed(root: Root, path: str) -> int:

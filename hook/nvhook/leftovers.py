@@ -78,17 +78,22 @@ class Notes:
         try:
             root = Root(os.open(note["rootfs"], DIRECTORY))
         except (OSError, ValueError):
-            traces = []  # the engine has already taken the root filesystem away
-        else:
-            traces = note["traces"]
+            self._forget()  # the engine has already taken the root filesystem away
+            return
+        traces = note["traces"]
         untouched = [trace for trace in traces if _is_untouched(root, trace)]
+        parent = _Parent(root)
         for trace in reversed(traces):
             try:
-                self._remove(root, trace)
+                self._remove(parent, trace)
             except _NOT_OURS:
                 continue
+        parent.close()
         for trace in untouched:
             _set_time(root, trace)
+        self._forget()
+
+    def _forget(self) -> None:
         self._unlink(f"{self._name}.cache")
         self._unlink(self._name)
 
@@ -107,30 +112,27 @@ class Notes:
         except (ValueError, KeyError, TypeError, RecursionError):
             return None
 
-    def _remove(self, root: Root, trace: Trace) -> None:
+    def _remove(self, parents: _Parent, trace: Trace) -> None:
+        kind = trace["kind"]
+        if kind == "time":
+            return  # when everything is gone
         directory, name = os.path.split(trace["path"])
-        parent = root.open(directory, DIRECTORY)
-        try:
-            status = os.stat(name, dir_fd=parent, follow_symlinks=False)
-            kind = trace["kind"]
-            if kind == "directory":
-                os.rmdir(name, dir_fd=parent)  # fails, as it should, when somebody has put something there
-            elif (kind == "file" and stat.S_ISREG(status.st_mode) and status.st_size == 0) or (
-                kind == "node" and status.st_rdev == os.makedev(trace["major"], trace["minor"])
-            ):
-                os.unlink(name, dir_fd=parent)
-            elif kind == "link" and os.readlink(name, dir_fd=parent) == trace["target"]:
-                os.unlink(name, dir_fd=parent)
-                if trace["former"] is not None:
-                    os.symlink(trace["former"], name, dir_fd=parent)
-                    # In a user namespace the container's root is not ours.
-                    os.chown(name, status.st_uid, status.st_gid, dir_fd=parent, follow_symlinks=False)
-            elif kind == "time":
-                return  # when everything is gone
-            elif kind == "cache" and trace["made"] == identity(status):
-                self._restore_cache(parent, name, had_one=trace["former"])
-        finally:
-            os.close(parent)
+        parent = parents.open(directory)
+        status = os.stat(name, dir_fd=parent, follow_symlinks=False)
+        if kind == "directory":
+            os.rmdir(name, dir_fd=parent)  # fails, as it should, when somebody has put something there
+        elif (kind == "file" and stat.S_ISREG(status.st_mode) and status.st_size == 0) or (
+            kind == "node" and status.st_rdev == os.makedev(trace["major"], trace["minor"])
+        ):
+            os.unlink(name, dir_fd=parent)
+        elif kind == "link" and os.readlink(name, dir_fd=parent) == trace["target"]:
+            os.unlink(name, dir_fd=parent)
+            if trace["former"] is not None:
+                os.symlink(trace["former"], name, dir_fd=parent)
+                # In a user namespace the container's root is not ours.
+                os.chown(name, status.st_uid, status.st_gid, dir_fd=parent, follow_symlinks=False)
+        elif kind == "cache" and trace["made"] == identity(status):
+            self._restore_cache(parent, name, had_one=trace["former"])
 
     def _restore_cache(self, parent: int, name: str, *, had_one: bool) -> None:
         if not had_one:
@@ -151,6 +153,29 @@ class Notes:
             os.unlink(name, dir_fd=self._directory)
         except FileNotFoundError:
             return
+
+
+class _Parent:
+    """The directory of a trace, open for the next, which is mostly in the same one."""
+
+    __slots__ = ("_fd", "_path", "_root")
+
+    def __init__(self, root: Root) -> None:
+        self._root = root
+        self._path = ""
+        self._fd = -1
+
+    def open(self, path: str) -> int:
+        if self._fd < 0 or path != self._path:
+            self.close()
+            self._fd = self._root.open(path, DIRECTORY)
+            self._path = path
+        return self._fd
+
+    def close(self) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
 
 
 def clean(state_dir: str, state: State) -> None:

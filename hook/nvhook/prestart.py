@@ -170,7 +170,7 @@ def prepare(
         edits = draw(config, asked, gpus, chosen, driver, layout, compatible, warnings)
         kmods.make_nodes(config, [edit for edit in edits if isinstance(edit, editing.Device)], warnings)
         try:
-            _prepare(edits, config)
+            _prepare(edits, config, root)
             fitness.check(config, asked, driver, root, layout, compatible, warnings)
         except editing.SourceGone as gone:
             lost = str(gone)
@@ -206,9 +206,11 @@ def draw(
     )
 
 
-def _prepare(edits: list[editing.Edit], config: Config) -> None:
+def _prepare(edits: list[editing.Edit], config: Config, root: Root) -> None:
     for edit in edits:
         edit.prepare(config)
+        if isinstance(edit, editing.Ldcache):
+            edit.foresee(root)
 
 
 def change(config: Config, container: Container, edits: list[editing.Edit], closed: list[editing.Device]) -> None:
