@@ -20,10 +20,10 @@ from xml.sax.saxutils import escape
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from bench import GPUS, Bench, Side, real_config
+from bench import GPUS, Bench, Side, be_where_run_is_memory, real_config
 from containers import Bundle
 
-_CALLS = "execve,exit_group,clone,clone3,vfork,fork,rename,renameat,renameat2,setns,open_tree,move_mount"
+_CALLS = "execve,exit_group,clone,clone3,vfork,fork,rename,renameat,renameat2,setns,open_tree,move_mount,alarm"
 _STRACE = ("strace", "-f", "--seccomp-bpf", "-q", "-ttt", "-s", "200", "-e", f"trace={_CALLS}", "-o")
 _LINE = re.compile(r"(\d+) +([\d.]+) (?:\+\+\+ )?(\w+)[( ](.*)")
 _ENDS = ("exited", "killed")  # of a whole process: any thread of runc may call exit_group
@@ -136,19 +136,19 @@ def _spans(command: str, here: list[Event], there: list[Event], shift: float) ->
     if hook:
         ended = next(event for event in here if event[1] == hook[1] and event[2] in _ENDS)
         spans.append(("hook", "hook: sh", at(hook), at(ended)))
-    born = first("clone", events=there)
-    mine = [event for event in there if born and event[1] != born[1]]
+    asked = first("alarm", events=there)  # the first that a child of the reserve does with a question
+    mine = [event for event in there if asked and event[1] == asked[1]]
     written = first("rename", "config.json", mine)
     entered = first("setns", events=mine)
-    if born and command == "create" and written and entered:
+    if asked and command == "create" and written and entered:
         opened = [event for event in mine if event[2] == "open_tree" and event[0] < entered[0]]
         spans += [
-            ("reserve", "edit config.json", at(born), at(written)),
+            ("reserve", "edit config.json", at(asked), at(written)),
             ("reserve", "plan, open the sources", at(written), at(opened[-1]) if opened else at(entered)),
             ("reserve", "mounts, nodes, links", at(hook) if hook else at(entered), at(mine[-1])),
         ]
-    elif born:
-        spans.append(("reserve", "clean up", at(born), at(mine[-1])))
+    elif asked:
+        spans.append(("reserve", "clean up", at(asked), at(mine[-1])))
     return spans
 
 
@@ -196,6 +196,7 @@ def main() -> int:
     parser.add_argument("file", type=Path)
     parser.add_argument("--real", action="store_true", help="this machine's own driver, not a simulated host")
     options = parser.parse_args()
+    be_where_run_is_memory()
     with tempfile.TemporaryDirectory(prefix="nvhook-picture-") as name:
         bench = Bench(Path(name), _RUNS)
         try:
