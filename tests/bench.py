@@ -275,7 +275,7 @@ def _one_command(bench: Bench, side: Side, words: tuple[str, ...]) -> float:
 
 def first(bench: Bench, config: Path, _peer: str) -> list[Result]:
     """The whole of it, as the user waits for it: nothing has looked at the driver's files yet."""
-    state = next(line for line in config.read_text().splitlines() if "state-dir" in line).split('"')[1]
+    state = _state_of(config)
     times = []
     for _ in range(max(3, bench.runs // 8)):
         bench.end_reserve()
@@ -286,6 +286,11 @@ def first(bench: Bench, config: Path, _peer: str) -> list[Result]:
             "first", "the first start on a host, no inventory", statistics.median(times), " s", 0.4, f"of {len(times)}"
         )
     ]
+
+
+def _state_of(config: Path) -> Path:
+    line = next(line for line in config.read_text().splitlines() if "state-dir" in line)
+    return Path(line.split('"')[1])
 
 
 def at_once(bench: Bench, config: Path, _peer: str) -> list[Result]:
@@ -347,6 +352,10 @@ def _peak_of_wrapper(bench: Bench, side: Side) -> float:
         log = bench.place / "wrapper.log"
         words = ("create", "--bundle", str(bundle.directory), bundle.id)
         bench.call(side, bundle, *words, before=("/usr/bin/time", "-o", str(log), "-f", "%M"))
+        if side.config:
+            waiting = _state_of(side.config) / "standby" / bundle.id
+            while waiting.exists():  # for a runtime that is over: it looks at the whole driver before it knows
+                time.sleep(0.01)
         return int(log.read_text().split()[-1]) / 1024
 
 
