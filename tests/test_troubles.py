@@ -179,7 +179,15 @@ SEEN = [
         "systemctl restart docker",
     ),
     (1, H200, dockerd_of_a_snap, "dockerd", "failure", "comes from a snap", "snap remove docker"),
-    (2, H200, no_char_links, "char-links", "warning", "`systemctl daemon-reload` takes them", "ln -sf ../nvidiactl "),
+    (
+        2,
+        H200,
+        no_char_links,
+        "char-links",
+        "warning",
+        "`systemctl daemon-reload` takes them",
+        "nvhook create-dev-char-symlinks",
+    ),
     (3, H200, stale_specification, "cdi", "failure", "is for driver 570.86.10, and 580.159.04", "nvhook cdi generate"),
     (
         3,

@@ -200,9 +200,9 @@ def check_char_links(host: Host) -> Iterator[Finding]:
     if not missing:
         yield ok(f"{host.dev}/char", "has a link for each node of the driver")
         return
-    make = " && ".join(f"ln -sf ../{wanted[path]} {path}" for path in missing)
+    names = " ".join(wanted[path] for path in missing)
     why = "systemd cannot name these devices, and `systemctl daemon-reload` takes them from a running container"
-    yield warning(f"{host.dev}/char", f"has no link for {' '.join(wanted[path] for path in missing)}: {why}", make)
+    yield warning(f"{host.dev}/char", f"has no link for {names}: {why}", "nvhook create-dev-char-symlinks")
 
 
 def check_persistence(host: Host) -> Iterator[Finding]:
