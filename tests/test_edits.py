@@ -19,8 +19,9 @@ import pytest
 
 from nvhook import config, edits
 from nvhook.container import Container, layout
-from nvhook.edits import Device, Edit, File, Ldcache, Mount, Symlink, Tmpfs
+from nvhook.edits import Device, Edit, File, Mount, Symlink, Tmpfs
 from nvhook.errors import MountError, NvhookError
+from nvhook.linkercache import Ldcache
 from nvhook.linux import kernel, ldcache, tmpfs
 from nvhook.linux.root import DIRECTORY, Root
 from simhost import cachewriter
@@ -236,7 +237,7 @@ def test_swapped_for_a_link_after_the_look(place: Place, monkeypatch: pytest.Mon
     target = place.root / LIBRARY[1:]
     target.parent.mkdir()
     target.touch()
-    look = edits._look
+    look = edits.look
 
     def quick(parent: int, name: str) -> os.stat_result | None:
         status = look(parent, name)
@@ -250,7 +251,7 @@ def test_swapped_for_a_link_after_the_look(place: Place, monkeypatch: pytest.Mon
         assert before == tree(place.canary)
 
     before = tree(place.canary)
-    monkeypatch.setattr(edits, "_look", quick)
+    monkeypatch.setattr(edits, "look", quick)
     place.apply(place.mount(), after=nothing_outside)
     assert before == tree(place.canary)
 
@@ -535,7 +536,7 @@ def test_tmpfs_below_a_link_stays_inside(place: Place, link: str) -> None:
 def test_tmpfs_directory_swapped_for_a_link(place: Place, monkeypatch: pytest.MonkeyPatch, link: str) -> None:
     _host_proc(place)
     target = place.root / PROC[1:]
-    look = edits._look
+    look = edits.look
 
     def quick(parent: int, name: str) -> os.stat_result | None:
         status = look(parent, name)
@@ -544,7 +545,7 @@ def test_tmpfs_directory_swapped_for_a_link(place: Place, monkeypatch: pytest.Mo
         return status
 
     before = tree(place.canary)
-    monkeypatch.setattr(edits, "_look", quick)
+    monkeypatch.setattr(edits, "look", quick)
     edit = Tmpfs(PROC)
     line = place.apply(edit, File(edit, "params", "x"), after=lambda: _no_mounts(place))
     assert line.startswith(f"mount error: mount a tmpfs on `{PROC}`: ")

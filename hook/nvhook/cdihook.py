@@ -19,9 +19,10 @@ from . import audit, caps, compat, host, mig, plan, procfs, spec
 from . import config as configuration
 from . import container as containers
 from . import edits as editing
-from .edits import Ldcache, Symlink
+from .edits import Symlink
 from .errors import DeviceError, NvhookError, SpecError
 from .gpus import Selection
+from .linkercache import Ldcache
 from .request import Request
 
 TYPE_CHECKING = False

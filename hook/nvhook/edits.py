@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The few kinds of change that are made to a container.
+"""The few kinds of change that are made to a container; the one of its linker cache is in linkercache.py.
 
 An edit describes itself (`nvhook plan`), prepares itself in the host's mount namespace (opens its source), applies
 itself in the container's, and undoes itself there. Nothing here decides anything: what to do is the plan's business.
@@ -15,8 +15,8 @@ import os
 import stat
 
 from . import leftovers
-from .errors import LdcacheError, MountError, reason
-from .linux import bind, ldmerge, tmpfs
+from .errors import MountError, reason
+from .linux import bind, tmpfs
 from .linux.root import DIRECTORY, Root
 
 TYPE_CHECKING = False
@@ -28,9 +28,6 @@ if TYPE_CHECKING:
     from .leftovers import Trace
 
 _NODE_BIND_OPTIONS = ("nosuid", "noexec")
-_CACHE = "/etc/ld.so.cache"
-_MAX_CACHE = 64 << 20
-_MAX_MERGED = 4 << 20  # of 150,000 libraries; an image with more is ldconfig's
 
 
 class SourceGone(Exception):  # noqa: N818 - not an error yet: the inventory is made again, once
@@ -89,7 +86,7 @@ class Edit:
             return parent, name
         finally:
             for parent, child in made:
-                self._undo.append(_remover(os.rmdir, parent, child))
+                self._undo.append(remover(os.rmdir, parent, child))
                 os.close(parent)
             above = directory.split("/")
             for count in range(len(above) - len(made), len(above)):
@@ -100,12 +97,12 @@ class Edit:
         name = os.path.basename(path)
         if directory:
             os.mkdir(name, 0o755, dir_fd=parent)
-            self._undo.append(_remover(os.rmdir, parent, name))
+            self._undo.append(remover(os.rmdir, parent, name))
             self.traces.append({"kind": "directory", "path": path})
             return
         flags = os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_WRONLY | os.O_CLOEXEC
         os.close(os.open(name, flags, 0o644, dir_fd=parent))
-        self._undo.append(_remover(os.unlink, parent, name))
+        self._undo.append(remover(os.unlink, parent, name))
         self.traces.append({"kind": "file", "path": path})
 
     def _attach(self, container: Container, attach: Callable[[int, int, str], int], parent: int, name: str) -> int:
@@ -121,7 +118,7 @@ class Edit:
         return mounted
 
 
-def _remover(remove: Callable[..., None], parent: int, name: str) -> Callable[[], None]:
+def remover(remove: Callable[..., None], parent: int, name: str) -> Callable[[], None]:
     parent = os.dup(parent)
 
     def take_back() -> None:
@@ -133,14 +130,14 @@ def _remover(remove: Callable[..., None], parent: int, name: str) -> Callable[[]
     return take_back
 
 
-def _look(parent: int, name: str) -> os.stat_result | None:
+def look(parent: int, name: str) -> os.stat_result | None:
     try:
         return os.stat(name, dir_fd=parent, follow_symlinks=False)
     except FileNotFoundError:
         return None
 
 
-def _kind_of(status: os.stat_result) -> str:
+def kind_of(status: os.stat_result) -> str:
     names = {
         stat.S_IFDIR: "a directory",
         stat.S_IFLNK: "a symbolic link",
@@ -187,11 +184,11 @@ class Tmpfs(Edit):
                 return
             parent, name = self._parent(container, self.destination)
             try:
-                status = _look(parent, name)
+                status = look(parent, name)
                 if status is None:
                     self._create(parent, self.destination, directory=True)
                 elif not stat.S_ISDIR(status.st_mode):
-                    raise OSError(errno.EEXIST, f"the image has {_kind_of(status)} there")
+                    raise OSError(errno.EEXIST, f"the image has {kind_of(status)} there")
                 self.root = Root(self._attach(container, tmpfs.attach, parent, name))
             finally:
                 os.close(parent)
@@ -297,11 +294,11 @@ class Mount(Edit):
         try:
             parent, name = self._parent(container, self.destination)
             try:
-                status = _look(parent, name)
+                status = look(parent, name)
                 if status is None:
                     self._create(parent, self.destination, directory=self.what == "directory")
                 elif stat.S_IFMT(status.st_mode) not in _MOUNTABLE[self.what][1]:
-                    raise OSError(errno.EEXIST, f"the image has {_kind_of(status)} there")
+                    raise OSError(errno.EEXIST, f"the image has {kind_of(status)} there")
                 elif self.what != "file" and os.path.samestat(status, os.fstat(self._source.fd)):
                     return  # a volume of the container's own brings it
                 self._attach(container, self._source.attach, parent, name)
@@ -392,7 +389,7 @@ class Device(Edit):
         except OSError:
             return False
         try:
-            status = _look(parent, name)
+            status = look(parent, name)
             is_taken = status is not None and not self._is_this(status)
             return is_taken or bool(os.fstatvfs(parent).f_flag & os.ST_NODEV)
         finally:
@@ -409,9 +406,9 @@ class Device(Edit):
             raise MountError(f"make device `{self.path}`: {reason(error)}") from None
 
     def _place(self, container: Container, parent: int, name: str) -> None:
-        status = _look(parent, name)
+        status = look(parent, name)
         if status is not None and not self._is_this(status) and not stat.S_ISREG(status.st_mode):
-            raise OSError(errno.EEXIST, f"the image has {_kind_of(status)} there")
+            raise OSError(errno.EEXIST, f"the image has {kind_of(status)} there")
         nodev = container.in_userns or os.fstatvfs(parent).f_flag & os.ST_NODEV
         if status is not None and self._is_this(status) and not nodev:
             return  # the runtime made it, from the spec
@@ -424,7 +421,7 @@ class Device(Edit):
             os.mknod(name, stat.S_IFCHR | self.mode, os.makedev(self.major, self.minor), dir_fd=parent)
         except PermissionError:
             return False
-        self._undo.append(_remover(os.unlink, parent, name))
+        self._undo.append(remover(os.unlink, parent, name))
         self.traces.append({"kind": "node", "path": self.path, "major": self.major, "minor": self.minor})
         fd = os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=parent)
         try:
@@ -474,10 +471,10 @@ class Symlink(Edit):
 
     def _place(self, container: Container, parent: int, name: str) -> None:
         """Missing: made. Another link: replaced. A file of the image, or the empty one of an earlier mount: covered."""
-        status = _look(parent, name)
+        status = look(parent, name)
         if status is None:
             os.symlink(self.target, name, dir_fd=parent)
-            self._undo.append(_remover(os.unlink, parent, name))
+            self._undo.append(remover(os.unlink, parent, name))
             self._trace(None)
         elif stat.S_ISLNK(status.st_mode):
             if os.readlink(name, dir_fd=parent) != self.target:
@@ -485,7 +482,7 @@ class Symlink(Edit):
         elif stat.S_ISREG(status.st_mode):
             self._cover(container, parent, name)
         else:
-            raise OSError(errno.EEXIST, f"the image has {_kind_of(status)} there")
+            raise OSError(errno.EEXIST, f"the image has {kind_of(status)} there")
 
     def _replace(self, parent: int, name: str) -> None:
         former = os.readlink(name, dir_fd=parent)
@@ -531,149 +528,6 @@ class Symlink(Edit):
                 source.close()
         finally:
             os.close(directory)
-
-
-class Ldcache(Edit):
-    """The container's linker cache, with `directories` first.
-
-    `names` are the libraries that are in them when this edit is applied, as (directory, name, bits): what is added to
-    the image's own cache. Where that is missing, odd or older than its directories, the host's ldconfig makes another.
-    """
-
-    __slots__ = ("_cache", "_is_wanted", "_ldconfig", "_merged", "_program", "directories", "former", "names")
-    kind = "ldcache"
-
-    def __init__(self, directories: tuple[str, ...], names: tuple[tuple[str, str, int], ...] = ()) -> None:
-        super().__init__()
-        self.directories = directories
-        self.names = names
-        self.former = -1  # a descriptor of the image's own cache, once it is replaced
-        self._is_wanted = False
-        self._cache: bytes | None = None
-        self._merged = b"", b""  # a cache of an image, and what comes of it
-        self._program = -1
-
-    def describe(self) -> dict[str, object]:
-        return {"kind": self.kind, "directories": list(self.directories)}
-
-    def foresee(self, root: Root) -> None:
-        """Make the new cache for the cache in `root`, which the container will have if nothing is mounted over it."""
-        if self._is_wanted and self.names:
-            try:
-                self._merge(_old_cache(root))
-            except (OSError, ValueError):
-                return  # `examine` looks again
-
-    def prepare(self, config: Config) -> None:
-        """Open the host's ldconfig; an empty path in config.toml means that no cache is wanted."""
-        if not config.ldconfig:
-            return
-        self._is_wanted = True
-        try:
-            self._program = os.open(config.ldconfig, os.O_RDONLY | os.O_CLOEXEC)
-        except OSError as error:
-            raise LdcacheError(
-                f"read the host's `{config.ldconfig}`: {reason(error)}",
-                "set `nvidia-container-cli.ldconfig` in config.toml to where it is",
-            ) from None
-
-    def examine(self, container: Container) -> None:
-        """Make the new cache, if that can be done without looking at the image's libraries."""
-        if not self._is_wanted:
-            return
-        if self.names:
-            try:
-                self._cache = self._merge(_old_cache(container.root))
-                self._is_wanted = bool(self._cache)
-                return
-            except (OSError, ValueError):
-                self._cache = None  # ldconfig makes one that is right
-        from .linux import ldconfig  # now: nothing is imported when the namespace has been entered
-
-        self._ldconfig = ldconfig
-        try:
-            self._program = ldconfig.seal(self._program)
-        except OSError as error:
-            raise LdcacheError(f"copy the host's ldconfig: {reason(error)}") from None
-
-    def apply(self, container: Container) -> None:
-        if not self._is_wanted:
-            return
-        try:
-            etc, name = self._parent(container, _CACHE)
-            try:
-                self._remember(etc, name)
-                if self._cache is None:
-                    status = os.fstat(etc)
-                    # With --userns=host an image that was unpacked for a user namespace belongs to that one's root, and
-                    # root without capabilities cannot write there.
-                    owner = (container.uid, container.gid) if container.rootless else (status.st_uid, status.st_gid)
-                    self._undo.append(_remover(os.unlink, etc, f"{name}~"))  # what it renames when all is well
-                    self._ldconfig.run(self._program, container.rootfs, container.root, self.directories, owner)
-                else:
-                    leftovers.replace(self._cache, etc, name)
-                made = leftovers.identity(os.stat(name, dir_fd=etc, follow_symlinks=False))
-                self.traces.append({"kind": "cache", "path": _CACHE, "made": made, "former": self.former >= 0})
-            finally:
-                os.close(etc)
-        except OSError as error:
-            raise LdcacheError(f"make `{_CACHE}` of `{container.rootfs}`: {reason(error)}") from None
-
-    def _merge(self, old: bytes) -> bytes:
-        """`old` with our names added, empty where they are there already. ValueError where ldconfig has to make it."""
-        if self._merged[0] != old:
-            names = [ldmerge.Name(directory, name, _MACHINES[bits]) for directory, name, bits in self.names]
-            merged = ldmerge.merge(old, names)
-            self._merged = old, b"" if merged is old else merged
-        return self._merged[1]
-
-    def _remember(self, etc: int, name: str) -> None:
-        """A new file is renamed over the cache: the old one lives on in our descriptor."""
-        status = _look(etc, name)
-        if status is None:
-            self._undo.append(_remover(os.unlink, etc, name))
-        elif stat.S_ISREG(status.st_mode) and status.st_size <= _MAX_CACHE:
-            self.former = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=etc)
-            directory = os.dup(etc)
-            self._undo.append(lambda: leftovers.restore(self.former, directory, name))
-        else:
-            raise OSError(errno.EEXIST, f"the image has {_kind_of(status)} there")
-
-
-_MACHINE = os.uname().machine
-_MACHINES = {64: {"x86_64": "x86-64"}.get(_MACHINE, _MACHINE), 32: "i386"}
-_MAX_DIRECTORIES = 512  # that the libraries of a cache are in
-
-
-def _old_cache(root: Root) -> bytes:
-    """The image's linker cache. OSError or ValueError where ldconfig has to make a new one."""
-    fd = root.open_file(_CACHE, os.O_NOFOLLOW)
-    try:
-        status = os.fstat(fd)
-        if status.st_size > _MAX_MERGED:
-            raise ValueError("not of a usual size")
-        data = os.read(fd, _MAX_MERGED)
-    finally:
-        os.close(fd)
-    directories = ldmerge.directories(data)
-    if len(directories) > _MAX_DIRECTORIES:
-        raise ValueError(f"libraries in more than {_MAX_DIRECTORIES} directories")
-    for path in (*directories, "/etc/ld.so.conf", "/etc/ld.so.conf.d"):
-        if _changed(root, path) > status.st_mtime_ns:
-            raise ValueError(f"`{path}` is newer")
-    return data
-
-
-def _changed(root: Root, path: str) -> int:
-    """When a file or directory was changed, in ns; 0 where there is none."""
-    try:
-        fd = root.open(path)
-    except OSError:
-        return 0
-    try:
-        return os.fstat(fd).st_mtime_ns
-    finally:
-        os.close(fd)
 
 
 def apply(edits: list[Edit], container: Container) -> None:

@@ -8,8 +8,9 @@ list is in place. Two runs on one host give the same list.
 
 from __future__ import annotations
 
-from .edits import Device, Edit, File, Ldcache, Mount, Symlink, Tmpfs
+from .edits import Device, Edit, File, Mount, Symlink, Tmpfs
 from .errors import DeviceError, DriverError
+from .linkercache import Ldcache
 from .procfs import DIRECTORY as PROC
 
 TYPE_CHECKING = False

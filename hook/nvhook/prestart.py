@@ -21,6 +21,7 @@ from . import (
     inventory,
     kmods,
     leftovers,
+    linkercache,
     plan,
     procfs,
     selection,
@@ -104,7 +105,7 @@ def _note(
     notes: leftovers.Notes, state: spec.State, container: Container, edits: list[editing.Edit], warnings: list[str]
 ) -> None:
     traces = [trace for edit in edits for trace in edit.traces]
-    former = next((edit.former for edit in edits if isinstance(edit, editing.Ldcache)), -1)
+    former = next((edit.former for edit in edits if isinstance(edit, linkercache.Ldcache)), -1)
     try:
         traces = leftovers.times(container.root, container.times) + traces
         notes.write(state, container.rootfs, traces, former)
@@ -209,7 +210,7 @@ def draw(
 def _prepare(edits: list[editing.Edit], config: Config, root: Root) -> None:
     for edit in edits:
         edit.prepare(config)
-        if isinstance(edit, editing.Ldcache):
+        if isinstance(edit, linkercache.Ldcache):
             edit.foresee(root)
 
 

@@ -15,9 +15,10 @@ import os
 
 from nvhook import caps, container, dri, host, inventory, kmods, mig, plan, selection, sockets
 from nvhook import gpus as hosts
-from nvhook.edits import Ldcache, Mount, Symlink
+from nvhook.edits import Mount, Symlink
 from nvhook.errors import DriverError, RequestError, reason
 from nvhook.gpus import Selection
+from nvhook.linkercache import Ldcache
 from nvhook.linux.root import DIRECTORY, Root
 from nvhook.request import Request
 

@@ -11,8 +11,9 @@ import contextlib
 import os
 import stat
 
-from nvhook.edits import Device, Edit, File, Ldcache, Mount, Symlink, Tmpfs
+from nvhook.edits import Device, Edit, File, Mount, Symlink, Tmpfs
 from nvhook.errors import ContainerError, reason
+from nvhook.linkercache import Ldcache
 from nvhook.linux import cgroups, devprog, ldcache, mountinfo
 from nvhook.linux.root import DIRECTORY, Root
 

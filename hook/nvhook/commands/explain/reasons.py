@@ -8,7 +8,8 @@ import os
 import posixpath
 
 from nvhook import discovery, request
-from nvhook.edits import Device, Edit, File, Ldcache, Mount, Symlink, Tmpfs
+from nvhook.edits import Device, Edit, File, Mount, Symlink, Tmpfs
+from nvhook.linkercache import Ldcache
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

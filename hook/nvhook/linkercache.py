@@ -1,0 +1,168 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The edit (edits.py) by which programs in a container find the driver's libraries: its /etc/ld.so.cache.
+
+Our names are added to the image's own cache, in this process; where that cannot be right, the host's ldconfig makes
+another, in a child that is trusted with nothing (linux/ldconfig.py).
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+
+from . import leftovers
+from .edits import Edit, kind_of, look, remover
+from .errors import LdcacheError, reason
+from .linux import ldmerge
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from .config import Config
+    from .container import Container
+    from .linux.root import Root
+
+_CACHE = "/etc/ld.so.cache"
+_MAX_CACHE = 64 << 20
+_MAX_MERGED = 4 << 20  # of 150,000 libraries; an image with more is ldconfig's
+_MACHINE = os.uname().machine
+_MACHINES = {64: {"x86_64": "x86-64"}.get(_MACHINE, _MACHINE), 32: "i386"}
+_MAX_DIRECTORIES = 512  # that the libraries of a cache are in
+
+
+class Ldcache(Edit):
+    """The container's linker cache, with `directories` first.
+
+    `names` are the libraries that are in them when this edit is applied, as (directory, name, bits): what is added to
+    the image's own cache. Where that is missing, odd or older than its directories, the host's ldconfig makes another.
+    """
+
+    __slots__ = ("_cache", "_is_wanted", "_ldconfig", "_merged", "_program", "directories", "former", "names")
+    kind = "ldcache"
+
+    def __init__(self, directories: tuple[str, ...], names: tuple[tuple[str, str, int], ...] = ()) -> None:
+        super().__init__()
+        self.directories = directories
+        self.names = names
+        self.former = -1  # a descriptor of the image's own cache, once it is replaced
+        self._is_wanted = False
+        self._cache: bytes | None = None
+        self._merged = b"", b""  # a cache of an image, and what comes of it
+        self._program = -1
+
+    def describe(self) -> dict[str, object]:
+        return {"kind": self.kind, "directories": list(self.directories)}
+
+    def foresee(self, root: Root) -> None:
+        """Make the new cache for the cache in `root`, which the container will have if nothing is mounted over it."""
+        if self._is_wanted and self.names:
+            try:
+                self._merge(_old_cache(root))
+            except (OSError, ValueError):
+                return  # `examine` looks again
+
+    def prepare(self, config: Config) -> None:
+        """Open the host's ldconfig; an empty path in config.toml means that no cache is wanted."""
+        if not config.ldconfig:
+            return
+        self._is_wanted = True
+        try:
+            self._program = os.open(config.ldconfig, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            raise LdcacheError(
+                f"read the host's `{config.ldconfig}`: {reason(error)}",
+                "set `nvidia-container-cli.ldconfig` in config.toml to where it is",
+            ) from None
+
+    def examine(self, container: Container) -> None:
+        """Make the new cache, if that can be done without looking at the image's libraries."""
+        if not self._is_wanted:
+            return
+        if self.names:
+            try:
+                self._cache = self._merge(_old_cache(container.root))
+                self._is_wanted = bool(self._cache)
+                return
+            except (OSError, ValueError):
+                self._cache = None  # ldconfig makes one that is right
+        from .linux import ldconfig  # now: nothing is imported when the namespace has been entered
+
+        self._ldconfig = ldconfig
+        try:
+            self._program = ldconfig.seal(self._program)
+        except OSError as error:
+            raise LdcacheError(f"copy the host's ldconfig: {reason(error)}") from None
+
+    def apply(self, container: Container) -> None:
+        if not self._is_wanted:
+            return
+        try:
+            etc, name = self._parent(container, _CACHE)
+            try:
+                self._remember(etc, name)
+                if self._cache is None:
+                    status = os.fstat(etc)
+                    # With --userns=host an image that was unpacked for a user namespace belongs to that one's root, and
+                    # root without capabilities cannot write there.
+                    owner = (container.uid, container.gid) if container.rootless else (status.st_uid, status.st_gid)
+                    self._undo.append(remover(os.unlink, etc, f"{name}~"))  # what it renames when all is well
+                    self._ldconfig.run(self._program, container.rootfs, container.root, self.directories, owner)
+                else:
+                    leftovers.replace(self._cache, etc, name)
+                made = leftovers.identity(os.stat(name, dir_fd=etc, follow_symlinks=False))
+                self.traces.append({"kind": "cache", "path": _CACHE, "made": made, "former": self.former >= 0})
+            finally:
+                os.close(etc)
+        except OSError as error:
+            raise LdcacheError(f"make `{_CACHE}` of `{container.rootfs}`: {reason(error)}") from None
+
+    def _merge(self, old: bytes) -> bytes:
+        """`old` with our names added, empty where they are there already. ValueError where ldconfig has to make it."""
+        if self._merged[0] != old:
+            names = [ldmerge.Name(directory, name, _MACHINES[bits]) for directory, name, bits in self.names]
+            merged = ldmerge.merge(old, names)
+            self._merged = old, b"" if merged is old else merged
+        return self._merged[1]
+
+    def _remember(self, etc: int, name: str) -> None:
+        """A new file is renamed over the cache: the old one lives on in our descriptor."""
+        status = look(etc, name)
+        if status is None:
+            self._undo.append(remover(os.unlink, etc, name))
+        elif stat.S_ISREG(status.st_mode) and status.st_size <= _MAX_CACHE:
+            self.former = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=etc)
+            directory = os.dup(etc)
+            self._undo.append(lambda: leftovers.restore(self.former, directory, name))
+        else:
+            raise OSError(errno.EEXIST, f"the image has {kind_of(status)} there")
+
+
+def _old_cache(root: Root) -> bytes:
+    """The image's linker cache. OSError or ValueError where ldconfig has to make a new one."""
+    fd = root.open_file(_CACHE, os.O_NOFOLLOW)
+    try:
+        status = os.fstat(fd)
+        if status.st_size > _MAX_MERGED:
+            raise ValueError("not of a usual size")
+        data = os.read(fd, _MAX_MERGED)
+    finally:
+        os.close(fd)
+    directories = ldmerge.directories(data)
+    if len(directories) > _MAX_DIRECTORIES:
+        raise ValueError(f"libraries in more than {_MAX_DIRECTORIES} directories")
+    for path in (*directories, "/etc/ld.so.conf", "/etc/ld.so.conf.d"):
+        if _changed(root, path) > status.st_mtime_ns:
+            raise ValueError(f"`{path}` is newer")
+    return data
+
+
+def _changed(root: Root, path: str) -> int:
+    """When a file or directory was changed, in ns; 0 where there is none."""
+    try:
+        fd = root.open(path)
+    except OSError:
+        return 0
+    try:
+        return os.fstat(fd).st_mtime_ns
+    finally:
+        os.close(fd)
