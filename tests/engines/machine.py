@@ -126,7 +126,7 @@ class Machine:
         return first
 
     def processes(self) -> list[tuple[int, str]]:
-        """(id out here, name) of everyone but our own two, and the one that nvhook leaves for a while."""
+        """(id out here, name) of everyone but our own two, and the two that nvhook leaves for a while."""
         found = []
         for number in os.listdir("/proc"):
             with contextlib.suppress(OSError):
@@ -134,7 +134,7 @@ class Machine:
                     found.append((int(number), Path(f"/proc/{number}/comm").read_text().strip()))
         first = self._first
         below = _children(first)
-        found = [(pid, name) for pid, name in found if name != "nvhook-reserve"]
+        found = [(pid, name) for pid, name in found if name not in ("nvhook-reserve", "nvhook-next")]
         return [(pid, name) for pid, name in found if pid != first and not (pid in below and name == "cat")]
 
     def send(self, number: int) -> None:
