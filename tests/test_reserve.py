@@ -64,14 +64,13 @@ class Installed:
         """That of the reserve; 0 for none."""
         try:
             number = int((self.reserve / "pid").read_text())
-            state = Path(f"/proc/{number}/stat").read_text().rpartition(") ")[2][0]
         except (OSError, ValueError):
             return 0
-        return 0 if state == "Z" else number
+        return 0 if _state_of(number) in ("Z", "") else number
 
-    def child(self) -> int:
+    def child(self, seconds: float = 10) -> int:
         """The pid of the one that is there for whoever asks next, once it is."""
-        end = time.monotonic() + 10
+        end = time.monotonic() + seconds
         while time.monotonic() < end:
             children = Path(f"/proc/{self.pid()}/task/{self.pid()}/children").read_text().split()
             time.sleep(0.05)  # one that has answered is over by then
@@ -88,15 +87,25 @@ class Installed:
         return self.pid()
 
     def kill(self, signum: signal.Signals) -> None:
-        os.kill(self.pid(), signum)
+        """Until it has come about: a process that waits for a processor has not stopped yet."""
+        pid = self.pid()
+        os.kill(pid, signum)
         end = time.monotonic() + 10
-        while self.pid() and signum != signal.SIGSTOP and time.monotonic() < end:
+        while _state_of(pid) not in ("T" if signum == signal.SIGSTOP else "Z", "") and time.monotonic() < end:
             time.sleep(0.01)
 
     def end(self) -> None:
         if self.pid():
             self.kill(signal.SIGKILL)
         shutil.rmtree(self.reserve, ignore_errors=True)
+
+
+def _state_of(pid: int) -> str:
+    """The letter that /proc has; empty for one that is over."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2][0]
+    except OSError:
+        return ""
 
 
 def _name_of(pid: int) -> str:
@@ -256,6 +265,7 @@ def test_killed_while_it_works(installed: Installed, slot: str) -> None:
     """The one who asks has written, and waits for the child ahead, or for the reserve."""
     pid = installed.child() if slot == "0" else installed.pid()
     os.kill(pid, signal.SIGSTOP)
+    (installed.reserve / slot / "taken").touch()
     script = f'. {installed.prefix}/lib/nvhook/ask.sh; talk {installed.reserve}/{slot} "1\nx\n"; echo $?'
     asking = subprocess.Popen(["/bin/sh", "-c", script], stdout=subprocess.PIPE, text=True)
     with pytest.raises(subprocess.TimeoutExpired):
@@ -264,6 +274,17 @@ def test_killed_while_it_works(installed: Installed, slot: str) -> None:
     assert asking.communicate(timeout=10)[0] == "2\n"
     assert _is_over(pid)
     assert slot == "1" or installed.child()
+
+
+def test_child_ahead_that_ends_by_itself(shop: Workshop, installed: Installed) -> None:
+    """It is not made again and again; the reserve answers."""
+    os.kill(installed.child(), signal.SIGKILL)
+    pid = installed.pid()
+    with pytest.raises(AssertionError, match="none was forked ahead"):
+        installed.child(seconds=0.5)
+    assert _interpreters(shop, installed) == 0
+    assert installed.pid() == pid
+    installed.end()
 
 
 def test_child_ahead_ends_with_it(installed: Installed) -> None:

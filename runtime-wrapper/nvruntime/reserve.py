@@ -77,6 +77,9 @@ class Slot:
         self._open()
         _unlink(f"{self.path}/taken")
 
+    def is_taken(self) -> bool:
+        return os.path.exists(f"{self.path}/taken")
+
     def is_forgotten(self) -> bool:
         """Whether it was taken long ago, by who has not asked since."""
         try:
@@ -120,10 +123,12 @@ def _serve(place: str, lock: int) -> None:
         file.write(f"{os.getpid()}\n")
     os.rename(f"{place}/pid.new", f"{place}/pid")
     first = slots[0]
+    wants_child = True
     while True:
-        asked = readable([slot.watched() for slot in slots], _SECONDS if first.child else _PAUSE)
+        is_settled = first.child or not wants_child
+        asked = readable([slot.watched() for slot in slots], _SECONDS if is_settled else _PAUSE)
         if not asked:
-            if first.child:
+            if is_settled:
                 break  # nobody has asked for so long
             _fork_ahead(first, slots, lock, code)  # not in a burst, where it would take what the others need
         if _version_of_code() != code:
@@ -132,6 +137,8 @@ def _serve(place: str, lock: int) -> None:
             if slot.watched() in asked:
                 if not slot.child:
                     _fork(slot, slots, lock)
+                elif not slot.is_taken():
+                    wants_child = False  # it has ended and nobody had asked: the next would do the same
                 slot.renew()
             elif slot.is_forgotten():
                 slot.renew()
