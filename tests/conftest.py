@@ -5,12 +5,14 @@ from __future__ import annotations
 
 import os
 import signal
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
+from containers import Workshop
 from simhost.build import build
 
 HOSTS = Path(__file__).parent / "hosts"
@@ -58,6 +60,13 @@ def simhost(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
         return built[name]
 
     return get
+
+
+@pytest.fixture(scope="module")
+def shop(simhost: Callable[[str], Path]) -> Iterator[Workshop]:
+    """In /tmp itself: root of a user namespace comes through there."""
+    with tempfile.TemporaryDirectory(prefix="nvhook-shop-") as name:
+        yield Workshop(Path(name), simhost)
 
 
 VERSION_LINE = (

@@ -257,11 +257,6 @@ def _bare(place: Path) -> Host:
 # Through the programs
 
 
-@pytest.fixture(scope="module")
-def shop(tmp_path_factory: pytest.TempPathFactory, simhost: Callable[[str], Path]) -> Workshop:
-    return Workshop(tmp_path_factory.mktemp("shop"), simhost)
-
-
 def _log_of(shop: Workshop) -> tuple[Path, Path]:
     path, log = shop.new("config.toml"), shop.new("log")
     configure(shop.simhost(A100), path, shop.place / f"state-{A100}")

@@ -8,8 +8,7 @@ import os
 import re
 import shutil
 import subprocess
-import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -25,12 +24,6 @@ LIBRARIES = f"usr/lib/{TRIPLET}"
 ALL = {"NVIDIA_VISIBLE_DEVICES": "all"}
 LIST = ["/usr/bin/nvidia-smi", "-L"]
 BOTH = gpu_lines(A100, 0, 1)
-
-
-@pytest.fixture(scope="module")
-def shop(simhost: Callable[[str], Path]) -> Iterator[Workshop]:
-    with tempfile.TemporaryDirectory(prefix="nvhook-bad-input-") as name:
-        yield Workshop(Path(name), simhost)
 
 
 def refused_by_wrapper(bundle: Bundle, config: Path) -> str:

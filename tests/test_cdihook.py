@@ -8,8 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
-import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -120,12 +119,6 @@ def test_chosen_are_those_that_can_be_opened(
 
 
 # Containers
-
-
-@pytest.fixture(scope="module")
-def shop(simhost: Callable[[str], Path]) -> Iterator[Workshop]:
-    with tempfile.TemporaryDirectory(prefix="nvhook-cdi-") as name:
-        yield Workshop(Path(name), simhost)
 
 
 def specification(settings: Path, capabilities: tuple[str, ...] = ALL) -> Path:

@@ -12,10 +12,9 @@ import os
 import re
 import shutil
 import subprocess
-import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -86,12 +85,6 @@ def _replace(source: Path, target: Path) -> None:
     beside = target.with_name(f"{target.name}.new")
     subprocess.run(["cp", "-a", str(source), str(beside)], check=True)
     beside.rename(target)
-
-
-@pytest.fixture(scope="module")
-def shop(simhost: Callable[[str], Path]) -> Iterator[Workshop]:
-    with tempfile.TemporaryDirectory(prefix="nvhook-upgrade-") as name:
-        yield Workshop(Path(name), simhost)
 
 
 @pytest.fixture(scope="module")

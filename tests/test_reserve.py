@@ -10,9 +10,8 @@ import os
 import shutil
 import signal
 import subprocess
-import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -122,12 +121,6 @@ def _is_over(pid: int) -> bool:
     while _name_of(pid) and time.monotonic() < end:
         time.sleep(0.01)
     return not _name_of(pid)
-
-
-@pytest.fixture(scope="module")
-def shop(simhost: Callable[[str], Path]) -> Iterator[Workshop]:
-    with tempfile.TemporaryDirectory(prefix="nvhook-reserve-") as name:
-        yield Workshop(Path(name), simhost)
 
 
 @pytest.fixture(scope="module")

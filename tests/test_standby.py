@@ -7,9 +7,7 @@ import json
 import os
 import shutil
 import subprocess
-import tempfile
 import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -33,12 +31,6 @@ case $1 in run | create) {what} ;; esac
 exec {runc} "$@"
 """
 FIND = "pid=$(pgrep -f '^/usr/bin/python3 -IS -c .* '$id'$') || exit 9;"
-
-
-@pytest.fixture(scope="module")
-def shop(simhost: Callable[[str], Path]) -> Iterator[Workshop]:
-    with tempfile.TemporaryDirectory(prefix="nvhook-standby-") as name:
-        yield Workshop(Path(name), simhost)
 
 
 def _config(shop: Workshop, what: str) -> Path:

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -25,12 +24,6 @@ WRAPPER = Path("/usr/bin/nvidia-container-runtime")
 ALL = {"NVIDIA_VISIBLE_DEVICES": "all"}
 NODES = ("/dev/nvidia0", "/dev/nvidiactl", "/dev/nvidia-uvm")
 INVENTORY = "/run/nvhook/inventory.json"
-
-
-@pytest.fixture(scope="module")
-def shop(simhost: Callable[[str], Path]) -> Iterator[Workshop]:
-    with tempfile.TemporaryDirectory(prefix="nvhook-systemd-") as name:
-        yield Workshop(Path(name), simhost)
 
 
 @pytest.fixture(scope="module")

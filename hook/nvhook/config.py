@@ -146,7 +146,7 @@ def load(path: str, *, must_exist: bool = False) -> Config:
     type, and a value that is none of those a key knows.
     """
     try:
-        with open(in_force(path), "rb") as file:
+        with open(_in_force(path), "rb") as file:
             content = file.read(MAX_SIZE + 1)
     except FileNotFoundError:
         if must_exist:
@@ -162,7 +162,7 @@ def load(path: str, *, must_exist: bool = False) -> Config:
         raise ConfigError(f"parse `{path}`: too deeply nested", "take levels away") from None
 
 
-def in_force(path: str) -> str:
+def _in_force(path: str) -> str:
     """`path`, or the file beside it that counts in its place while a package is being installed over it."""
     aside = path + _ASIDE
     return aside if os.access(aside, os.F_OK) else path

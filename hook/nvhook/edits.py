@@ -57,6 +57,9 @@ class Edit:
         """Whether what `prepare` has opened has been removed since: it cannot be mounted any more."""
         return False
 
+    def foresee(self, root: Root) -> None:
+        """Make for `root`, the image's tree, what the container's will need if nothing is mounted over it."""
+
     def examine(self, container: Container) -> None:
         """Still in the host's mount namespace, and before anything is changed: look at the container's tree."""
 

@@ -54,7 +54,6 @@ class Ldcache(Edit):
         return {"kind": self.kind, "directories": list(self.directories)}
 
     def foresee(self, root: Root) -> None:
-        """Make the new cache for the cache in `root`, which the container will have if nothing is mounted over it."""
         if self._is_wanted and self.names:
             try:
                 self._merge(_old_cache(root))

@@ -210,8 +210,7 @@ def draw(
 def _prepare(edits: list[editing.Edit], config: Config, root: Root) -> None:
     for edit in edits:
         edit.prepare(config)
-        if isinstance(edit, linkercache.Ldcache):
-            edit.foresee(root)
+        edit.foresee(root)
 
 
 def change(config: Config, container: Container, edits: list[editing.Edit], closed: list[editing.Device]) -> None:

@@ -6,7 +6,6 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -35,12 +34,6 @@ SETTINGS = {
     "live-restore": True,
     "storage-driver": "overlay2",
 }
-
-
-@pytest.fixture(scope="module")
-def shop(simhost: Callable[[str], Path]) -> Iterator[Workshop]:
-    with tempfile.TemporaryDirectory(prefix="nvhook-docker-systemd-") as name:
-        yield Workshop(Path(name), simhost)
 
 
 @pytest.fixture(scope="module")

@@ -3,13 +3,11 @@
 
 from __future__ import annotations
 
-import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from containers import Workshop
 from security import hostile
 
 
@@ -21,9 +19,3 @@ def settings(simhost: Callable[[str], Path], tmp_path_factory: pytest.TempPathFa
 @pytest.fixture
 def place(settings: Path, tmp_path: Path) -> hostile.Place:
     return hostile.Place(tmp_path, settings)
-
-
-@pytest.fixture(scope="module")
-def shop(simhost: Callable[[str], Path]) -> Iterator[Workshop]:
-    with tempfile.TemporaryDirectory(prefix="nvhook-security-") as name:
-        yield Workshop(Path(name), simhost)

@@ -163,11 +163,6 @@ LIST = ["/bin/sh", "-ec", "nvidia-smi -L"]
 ALL = {"NVIDIA_VISIBLE_DEVICES": "all"}
 
 
-@pytest.fixture(scope="module")
-def shop(tmp_path_factory: pytest.TempPathFactory, simhost: Callable[[str], Path]) -> Workshop:
-    return Workshop(tmp_path_factory.mktemp("shop"), simhost)
-
-
 @pytest.mark.parametrize("damage", CACHES.values(), ids=CACHES)
 def test_start_with_a_cache_that_is_none(shop: Workshop, damage: Callable[[bytes], bytes]) -> None:
     """The container's programs find the driver: ldconfig has made another."""

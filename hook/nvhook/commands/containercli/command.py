@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The command nvidia-container-cli, for the programs that call NVIDIA's: LXC, enroot, `ctr run --gpus`.
 
-Its options, formats and messages are NVIDIA's (options.py), what is done is what the hook does
-(configure.py), and `info` and `list` look at the host (info.py). What a container may ask for is not
-held against config.toml: whoever calls this decides for himself. From there come places alone.
+Its options, formats and messages are NVIDIA's (options.py), what is done is what the hook does (configure.py), and
+`info` and `list` look at the host (info.py). What a container may ask for is not held against config.toml: whoever
+calls this decides for himself. From there come places alone.
 """
 
 from __future__ import annotations
