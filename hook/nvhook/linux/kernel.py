@@ -28,8 +28,10 @@ _NR_CAPSET = 126 if _X86_64 else 91
 _NR_MOUNT = 165 if _X86_64 else 40
 _NR_UMOUNT2 = 166 if _X86_64 else 39
 _NR_UNSHARE = 272 if _X86_64 else 97
+_NR_NAME_TO_HANDLE_AT = 303 if _X86_64 else 264
 _NR_SETNS = 308 if _X86_64 else 268
 _NR_SECCOMP = 317 if _X86_64 else 277
+_NR_STATX = 332 if _X86_64 else 291
 _NR_BPF = 321 if _X86_64 else 280
 _NR_OPEN_TREE = 428
 _NR_MOVE_MOUNT = 429
@@ -42,6 +44,9 @@ _NR_MOUNT_SETATTR = 442
 AT_FDCWD = -100
 AT_EMPTY_PATH = 0x1000
 AT_RECURSIVE = 0x8000
+
+# statx(2)
+STATX_MNT_ID_UNIQUE = 0x4000
 
 # openat2(2)
 RESOLVE_NO_MAGICLINKS = 0x02
@@ -151,6 +156,23 @@ def openat2(dir_fd: int, path: str, flags: int, *, resolve: int, mode: int = 0) 
     """A descriptor for `path` below `dir_fd`. ENOSYS before Linux 5.6; some seccomp filters answer EPERM."""
     how = struct.pack("=QQQ", flags | os.O_CLOEXEC, mode, resolve)
     return _syscall(_NR_OPENAT2, dir_fd, os.fsencode(path), how, len(how), path=path)
+
+
+def statx(fd: int, mask: int) -> bytes:
+    """struct statx of what `fd` is of, 256 bytes. Linux 4.11; what the kernel does not know of `mask` is not in its."""
+    answer = (_Char * 256)()
+    _syscall(_NR_STATX, fd, b"", AT_EMPTY_PATH, mask, answer)
+    return bytes(answer)
+
+
+def name_to_handle(fd: int) -> bytes:
+    """The file handle of what `fd` is of: type and bytes. EOPNOTSUPP from a file system that has none."""
+    room = 128  # MAX_HANDLE_SZ
+    handle = (_Char * (8 + room)).from_buffer(bytearray(struct.pack("=Ii", room, 0)) + bytearray(room))
+    mount_id = (_Char * 4)()
+    _syscall(_NR_NAME_TO_HANDLE_AT, fd, b"", handle, mount_id, AT_EMPTY_PATH)
+    (size,) = struct.unpack_from("=I", bytes(handle))
+    return bytes(handle)[4 : 8 + size]
 
 
 def open_tree(dir_fd: int, path: str, flags: int) -> int:

@@ -11,12 +11,14 @@ _MAX_DIGITS = 10  # of a mount's id
 
 
 class Mount:
-    """`root` is what of the file system is mounted, its end `//deleted` if that is gone; `point` where it is."""
+    """`root` is what of the file system is mounted, its end `//deleted` if that is gone; `point` where it is, and
+    `parent` the id of the mount that it is on."""
 
-    __slots__ = ("fstype", "id", "point", "root")
+    __slots__ = ("fstype", "id", "parent", "point", "root")
 
-    def __init__(self, id: int, root: str, point: str, fstype: str) -> None:  # noqa: A002 - the kernel's name
+    def __init__(self, id: int, parent: int, root: str, point: str, fstype: str) -> None:  # noqa: A002 - the kernel's name
         self.id = id
+        self.parent = parent
         self.root = root
         self.point = point
         self.fstype = fstype
@@ -24,13 +26,43 @@ class Mount:
 
 def mounts(text: str) -> list[Mount]:
     """All of them, in the kernel's order."""
-    found = []
-    for fields in _lines(text):
-        if len(fields) < 7 or "-" not in fields[6:-1] or not fields[0].isdecimal() or len(fields[0]) > _MAX_DIGITS:
-            continue  # no line of the kernel's
-        fstype = fields[fields.index("-", 6) + 1]
-        found.append(Mount(int(fields[0]), unescape(fields[3]), unescape(fields[4]), fstype))
-    return found
+    return [mount for line in text.split("\n") if (mount := _mount(line))]
+
+
+def at(text: str, point: str) -> list[Mount]:
+    """Those whose mount point is `point`, in the kernel's order; only lines with that path in them are read."""
+    field = f" {escape(point)} "
+    found = [_mount(line) for line in text.split("\n") if field in line]
+    return [mount for mount in found if mount and mount.point == point]
+
+
+def topmost(stack: list[Mount]) -> Mount:
+    """Of several mounts at one point the one that is seen there: none of the others is on it."""
+    below = {mount.parent for mount in stack}
+    return next((mount for mount in reversed(stack) if mount.id not in below), stack[-1])
+
+
+def below(text: str, stack: list[Mount]) -> Mount | None:
+    """The mount that the lowest of the `stack`, mounts at one point, is on; None where the process cannot reach it."""
+    ids = {mount.id for mount in stack}
+    wanted = {mount.parent for mount in stack} - ids
+    for line in text.split("\n"):
+        number = line.partition(" ")[0]
+        if _is_id(number) and int(number) in wanted:
+            return _mount(line)
+    return None
+
+
+def _mount(line: str) -> Mount | None:
+    fields = line.split(" ")
+    if len(fields) < 7 or "-" not in fields[6:-1] or not (_is_id(fields[0]) and _is_id(fields[1])):
+        return None  # no line of the kernel's
+    fstype = fields[fields.index("-", 6) + 1]
+    return Mount(int(fields[0]), int(fields[1]), unescape(fields[3]), unescape(fields[4]), fstype)
+
+
+def _is_id(field: str) -> bool:
+    return field.isdecimal() and field.isascii() and len(field) <= _MAX_DIGITS
 
 
 def mount_points(text: str) -> set[str]:
@@ -52,6 +84,13 @@ def shared(text: str) -> frozenset[int]:
 
 def _lines(text: str) -> list[list[str]]:
     return [line.split(" ") for line in text.split("\n")]
+
+
+def escape(path: str) -> str:
+    r"""As the kernel writes a path: space, tab, newline and backslash become \040, \011, \012 and \134."""
+    for character in "\\ \t\n":
+        path = path.replace(character, f"\\{ord(character):03o}")
+    return path
 
 
 def unescape(field: str) -> str:
