@@ -371,7 +371,7 @@ def test_state_directory_on_a_full_disk(shop: Workshop) -> None:
     state = shop.new("state")
     state.mkdir()
     config = containers.configure(shop.simhost(A100), shop.new("config.toml"), state)
-    fill = f"mount -t tmpfs -o size=8k tmpfs {state}\n! cat /dev/zero >{state}/fill 2>/dev/null"
+    fill = f"mount -t tmpfs -o size=8k,mode=755 tmpfs {state}\n! cat /dev/zero >{state}/fill 2>/dev/null"
     bundle = shop.bundle().write(LIST, ALL)
     bundle.through = (*bundle.through, *own_mounts(fill))
     result = bundle.run(config)
@@ -385,7 +385,7 @@ def test_state_directory_cannot_be_written(shop: Workshop, form: str) -> None:
     bundle = shop.bundle().write(LIST, ALL)
     if form == "read-only":
         place.mkdir()
-        bundle.through = (*bundle.through, *own_mounts(f"mount -t tmpfs -o ro tmpfs {place}"))
+        bundle.through = (*bundle.through, *own_mounts(f"mount -t tmpfs -o ro,mode=755 tmpfs {place}"))
     else:
         place.touch()
     state = place / "below" if form == "below-a-file" else place

@@ -225,6 +225,116 @@ def test_find_from_inside_a_user_namespace(rootfs: Path) -> None:
     os.close(said)
 
 
+def _engine(rootfs: Path, before: Callable[[], None], ask: Callable[[int], None], then: Callable[[], None]) -> None:
+    """`before` in a mount namespace that stands for the host's; `ask` about a container that was begun in it."""
+
+    def work() -> None:
+        kernel.unshare(kernel.CLONE_NEWNS)
+        kernel.mount("none", "/", None, kernel.MS_REC | kernel.MS_PRIVATE)
+        before()
+        with process(_mounted(rootfs, then)) as pid:
+            ask(pid)
+
+    elsewhere(work)
+
+
+def _replace_by_link(rootfs: Path, target: Path) -> None:
+    rootfs.rename(rootfs.with_name("moved"))
+    rootfs.symlink_to(target)
+
+
+@pytest.mark.root
+@pytest.mark.parametrize("kind", ["tmpfs", "bind", "another-container"])
+def test_find_refuses_a_mount_of_the_host(rootfs: Path, kind: str) -> None:
+    """The container's namespace began as a copy of ours: all that is mounted here is mounted there as well."""
+    other = rootfs.with_name("other")
+    other.mkdir()
+
+    def before() -> None:
+        if kind == "tmpfs":
+            kernel.mount("none", str(other), "tmpfs", 0)
+        else:
+            kernel.mount(str(rootfs if kind == "another-container" else other), str(other), None, kernel.MS_BIND)
+
+    def ask(pid: int) -> None:
+        _replace_by_link(rootfs, other)
+        with pytest.raises(ContainerError, match=f"has not mounted `{other}`: it is not a container of this bundle"):
+            find(pid, str(rootfs))
+
+    _engine(rootfs, before, ask, lambda: None)
+
+
+@pytest.mark.root
+def test_find_refuses_a_volume_of_the_container(rootfs: Path) -> None:
+    """It is a mount of the container's alone, and what is in it may be the host's /etc."""
+    volume = rootfs.with_name("volume")
+    for place in (volume, rootfs / "data"):
+        place.mkdir()
+
+    def ask(pid: int) -> None:
+        with pytest.raises(ContainerError, match=f"`{rootfs}/data` is a volume of process {pid}, and not its root"):
+            find(pid, f"{rootfs}/data")
+
+    _engine(
+        rootfs,
+        lambda: None,
+        ask,
+        lambda: kernel.mount(str(volume), f"{rootfs}/data", None, kernel.MS_BIND),
+    )
+
+
+@pytest.mark.root
+@pytest.mark.parametrize("kind", ["link", "directory", "above", "inside"])
+def test_find_root_filesystem_is_exchanged_after_it_was_found(
+    rootfs: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """Between the look into mountinfo and the open, the owner of a directory above acts."""
+    above = rootfs.parent / "above"
+    above.mkdir()
+    rootfs = rootfs.rename(above / "rootfs")
+    (rootfs / "rootfs").mkdir()
+    other = above.with_name("other")
+    (other / "rootfs").mkdir(parents=True)
+    check = containers._check_mount
+
+    def check_and_exchange(pid: int, path: str, mounts: str) -> None:
+        check(pid, path, mounts)
+        if kind == "link":
+            _replace_by_link(rootfs, other)
+        elif kind == "directory":
+            rootfs.rename(rootfs.with_name("moved"))
+            other.rename(rootfs)
+        elif kind == "above":
+            above.rename(above.with_name("above-moved"))
+            other.rename(above)
+        else:  # what was the root filesystem is the directory above it now
+            rootfs.rename(above.with_name("mounted"))
+            above.rename(above.with_name("above-moved"))
+            above.with_name("mounted").rename(above)
+
+    def ask(pid: int) -> None:
+        monkeypatch.setattr(containers, "_check_mount", check_and_exchange)
+        with pytest.raises(ContainerError, match=r"is another directory than|: not a directory|symbolic links"):
+            find(pid, str(rootfs))
+
+    _engine(rootfs, lambda: None, ask, lambda: None)
+
+
+@pytest.mark.root
+def test_find_over_a_mount_of_the_host(rootfs: Path) -> None:
+    """Docker's `merged`: the root filesystem is a mount already, and the runtime mounts it on itself."""
+
+    def before() -> None:
+        kernel.mount("none", str(rootfs), "tmpfs", 0)
+
+    def ask(pid: int) -> None:
+        container = find(pid, str(rootfs))
+        assert container.host_identity is not None
+        assert container.host_identity.inode == rootfs.stat().st_ino
+
+    _engine(rootfs, before, ask, lambda: None)
+
+
 # here()
 
 

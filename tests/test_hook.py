@@ -16,8 +16,8 @@ _STATE = '{"ociVersion": "1.0.2", "id": "name", "pid": 0, "bundle": "/bundle"}'
 _LISTENING_HOOK = """
 import sys
 sys.path[:0] = [sys.argv[1]]
-from nvhook import hook, leftovers
-leftovers.clean = lambda *_: print(open("/proc/self/status").read())
+from nvhook import cleanup, hook
+cleanup.poststop = lambda *_: print(open("/proc/self/status").read())
 sys.exit(hook.main(["--state-dir", sys.argv[2], "poststop"], "/nowhere"))
 """
 

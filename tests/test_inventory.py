@@ -694,7 +694,7 @@ def test_inventory_no_place_for_it(place: Place) -> None:
     place.state.write_text("a file where the directory should be")
     warnings: list[str] = []
     assert len(inventory.load(place.config, V, warnings).libraries) == 2
-    assert [f"write `{place.inventory}`: file exists; the next container makes the inventory again"] == warnings
+    assert [f"write `{place.inventory}`: not a directory; the next container makes the inventory again"] == warnings
 
 
 _IN_A_FULL_PLACE = """
@@ -711,9 +711,9 @@ print(json.dumps([len(found.libraries), warnings, os.listdir(settings.state_dir)
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
-        pytest.param("size=4k", "no space left on device", id="full"),
-        pytest.param("nr_inodes=1", "no space left on device", id="no-inodes"),
-        pytest.param("ro", "read-only file system", id="read-only"),
+        pytest.param("mode=755,size=4k", "no space left on device", id="full"),
+        pytest.param("mode=755,nr_inodes=1", "no space left on device", id="no-inodes"),
+        pytest.param("mode=755,ro", "read-only file system", id="read-only"),
     ],
 )
 def test_inventory_no_room_for_it(place: Place, options: str, reason: str) -> None:

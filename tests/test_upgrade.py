@@ -243,7 +243,7 @@ def test_state_directory_that_is_full(shop: Workshop, host: Host) -> None:
     config = configure(host.place, shop.new("config.toml"), state)
     state.mkdir()
     bundle = shop.bundle().write(LOOK, ALL)
-    fill = 'mount -t tmpfs -o size=4k tmpfs "$0"; cat /dev/zero >"$0/x" 2>/dev/null || :; exec "$@"'
+    fill = 'mount -t tmpfs -o size=4k,mode=755 tmpfs "$0"; cat /dev/zero >"$0/x" 2>/dev/null || :; exec "$@"'
     full = ("unshare", "--mount", "sh", "-euc", fill, str(state))
     bundle.through = (*bundle.through, *full)
     assert _version(bundle.run(config)) == OLD

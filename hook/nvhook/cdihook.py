@@ -15,7 +15,7 @@ from __future__ import annotations
 import os
 import sys
 
-from . import audit, caps, compat, host, mig, plan, procfs, spec
+from . import audit, caps, compat, host, mig, plan, prestart, procfs, spec
 from . import config as configuration
 from . import container as containers
 from . import edits as editing
@@ -92,7 +92,10 @@ def run(words: list[str], default_config: str, warnings: list[str]) -> None:
         nodes = node_paths(document)
         trail.chosen = chosen(nodes, config, asked, gpus)
         edits = _edits(arguments, nodes, config, asked, gpus, trail.chosen, container, warnings)
-        _apply(edits, config, container)
+        _prepare(edits, config)
+        container.lock = prestart.lock(config, container, warnings)
+        with container.lock:
+            prestart.change(config, container, edits, [])
     except NvhookError as error:
         trail.refuse(str(error))
         raise
@@ -145,13 +148,9 @@ def _leads_somewhere(path: str, target: str, nodes: set[str]) -> bool:
     return not path.startswith("/dev/") or os.path.normpath(f"{os.path.dirname(path)}/{target}") in nodes
 
 
-def _apply(edits: list[Edit], config: Config, container: Container) -> None:
+def _prepare(edits: list[Edit], config: Config) -> None:
     try:
         for edit in edits:
             edit.prepare(config)
     except editing.SourceGone as gone:
         raise DeviceError(f"`{gone}` disappeared while the container was prepared", "start it again") from None
-    for edit in edits:
-        edit.examine(container)
-    container.enter()
-    editing.apply(edits, container)

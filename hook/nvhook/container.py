@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import os
 
+from .container_dir import Unlocked
 from .errors import ContainerError, reason
-from .linux import kernel, mountinfo, userns
+from .linux import identity, kernel, mountinfo, userns
 from .linux.root import DIRECTORY, Root
 
 # What changing the container's tree takes, and the children that ldconfig.py starts there. With NET_ADMIN, rules of the
@@ -27,6 +28,12 @@ _CAPABILITIES = (
     kernel.CAP_SYS_ADMIN,
     kernel.CAP_SYS_CHROOT,
 )
+
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from .container_dir import ContainerDirectory, Lock
+    from .linux.identity import Identity
 
 
 class Layout:
@@ -51,15 +58,21 @@ class Container:
     in_userns     device nodes made here could not be opened: its filesystems belong to a user namespace
     rootless      we are in a user namespace ourselves: the machine's cgroups are not ours to change
     times         directory in the container -> its mtime in ns before an edit first came there
+    host_identity of the root filesystem as the host reaches it; None where the host does not
+    lock          of its root filesystem, held while something is made there
+    directory     what is kept about it (container_dir.py); None where nothing is
     """
 
     __slots__ = (
         "_fdinfo",
         "_namespace",
         "_shared",
+        "directory",
         "gid",
+        "host_identity",
         "in_userns",
         "layout",
+        "lock",
         "proc",
         "root",
         "rootfs",
@@ -80,6 +93,7 @@ class Container:
         in_userns: bool,
         rootless: bool,
         shared: frozenset[int],
+        host_identity: Identity | None = None,
     ) -> None:
         self.proc = proc
         self._namespace = namespace
@@ -91,6 +105,9 @@ class Container:
         self.rootless = rootless
         self._shared = shared
         self.times: dict[str, int] = {}
+        self.host_identity = host_identity
+        self.lock: Lock | Unlocked = Unlocked()
+        self.directory: ContainerDirectory | None = None
         self._fdinfo = os.open("/proc/self/fdinfo", DIRECTORY)
 
     def enter(self) -> None:
@@ -106,11 +123,7 @@ class Container:
                 kernel.setns(self._namespace, kernel.CLONE_NEWNS)
         except OSError as error:
             raise ContainerError(f"enter the mount namespace of `{self.rootfs}`: {reason(error)}") from None
-        if self.uid or self.gid:
-            # In a user namespace a file made as the host's root fails with EOVERFLOW. gid first: without uid 0
-            # the capability to change it is gone.
-            kernel.setfsgid(self.gid)
-            kernel.setfsuid(self.uid)
+        self.be_container()
 
     def shares(self, fd: int) -> bool:
         """Whether a mount on what this descriptor is of would show up outside of the container as well."""
@@ -122,6 +135,13 @@ class Container:
         finally:
             os.close(info)
         return int(rest.split()[0]) in self._shared
+
+    def be_container(self) -> None:
+        """Files are made as the container's root: in a user namespace one of the host's root fails with EOVERFLOW."""
+        if self.uid or self.gid:
+            # gid first: without uid 0 the capability to change it is gone.
+            kernel.setfsgid(self.gid)
+            kernel.setfsuid(self.uid)
 
     def be_host(self) -> None:
         """Files are the host's root's again, for what is kept on the host; the namespace stays."""
@@ -192,11 +212,7 @@ def _open(pid: int, rootfs: str, proc: int) -> Container:
     if os.path.samestat(os.fstat(namespace), os.stat("/proc/self/ns/mnt")):
         raise ContainerError(f"process {pid} has no mount namespace of its own: it is not a container")
     mounts = _read(proc, "mountinfo")
-    if rootfs not in mountinfo.mount_points(mounts):
-        raise ContainerError(f"process {pid} has not mounted `{rootfs}`: it is not a container of this bundle")
-    above = Root(os.open("root", DIRECTORY, dir_fd=proc))
-    root = Root(above.open(rootfs, DIRECTORY))
-    os.close(above.fd)
+    root, host_identity = _open_root(pid, rootfs, proc, mounts)
     rootless = not userns.is_first()
     owner = _owner(proc)
     return Container(
@@ -210,7 +226,61 @@ def _open(pid: int, rootfs: str, proc: int) -> Container:
         rootless=rootless,
         # Into a mount namespace of another user namespace mounts come, and none goes out.
         shared=mountinfo.shared(mounts) if owner is None else frozenset(),
+        host_identity=host_identity,
     )
+
+
+def _open_root(pid: int, rootfs: str, proc: int, mounts: str) -> tuple[Root, Identity | None]:
+    """The container's root filesystem, proved to be the mount that the runtime has made, and its identity for the host.
+
+    Whoever owns a directory above it can give its path to another directory at any moment. Another container's root
+    filesystem and the host's /boot are mounts in this namespace too, because it began as a copy of ours.
+    """
+    _check_mount(pid, rootfs, mounts)
+    above = Root(os.open("root", DIRECTORY, dir_fd=proc))
+    try:
+        parent = above.open(os.path.dirname(rootfs), DIRECTORY)
+        fd = above.open(rootfs, DIRECTORY | os.O_NOFOLLOW)
+    finally:
+        os.close(above.fd)
+    try:
+        mount = identity.mount_id(fd)
+        # A directory whose parent is in another mount is the root of its mount, and not one below that.
+        if mount != mountinfo.topmost(mountinfo.at(mounts, rootfs)).id or mount == identity.mount_id(parent):
+            raise ContainerError(
+                f"`{rootfs}` is another directory than the one that process {pid} has mounted there",
+                "start the container again, in a directory that only root can rename",
+            )
+        return Root(fd), _host_identity(rootfs, fd)
+    except BaseException:
+        os.close(fd)
+        raise
+    finally:
+        os.close(parent)
+
+
+def _check_mount(pid: int, rootfs: str, mounts: str) -> None:
+    """ContainerError unless there is a mount at `rootfs` that we have not, on one that we have too."""
+    ours = _text(os.open("/proc/self/mountinfo", os.O_RDONLY | os.O_CLOEXEC))
+    stack = mountinfo.at(mounts, rootfs)
+    if len(stack) <= len(mountinfo.at(ours, rootfs)):
+        raise ContainerError(f"process {pid} has not mounted `{rootfs}`: it is not a container of this bundle")
+    base = mountinfo.below(mounts, stack)
+    if base and len(mountinfo.at(mounts, base.point)) > len(mountinfo.at(ours, base.point)):
+        raise ContainerError(f"`{rootfs}` is a volume of process {pid}, and not its root filesystem")
+
+
+def _host_identity(rootfs: str, container: int) -> Identity | None:
+    """None where our namespace has another directory at that path, or none: the runtime has mounted it in its own."""
+    try:
+        fd = os.open(rootfs, DIRECTORY | os.O_NOFOLLOW)
+    except OSError:
+        return None
+    try:
+        found = identity.of(fd)
+        return found if found.is_same_object(identity.of(container)) else None
+    finally:
+        os.close(fd)
 
 
 def layout(root: Root) -> Layout:
@@ -261,7 +331,10 @@ def _mapped_root(id_map: str) -> int:
 
 
 def _read(proc: int, name: str) -> str:
-    fd = os.open(name, os.O_RDONLY | os.O_CLOEXEC, dir_fd=proc)
+    return _text(os.open(name, os.O_RDONLY | os.O_CLOEXEC, dir_fd=proc))
+
+
+def _text(fd: int) -> str:
     # A carriage return may be part of a path in mountinfo; it is not the end of a line.
     with os.fdopen(fd, encoding="utf-8", errors="surrogateescape", newline="\n") as file:
         return file.read()

@@ -14,18 +14,18 @@ import errno
 import os
 import stat
 
-from . import leftovers
+from . import cleanup
 from .errors import MountError, reason
-from .linux import bind, tmpfs
+from .linux import bind, files, tmpfs
 from .linux.root import DIRECTORY, Root
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from .cleanup import Trace
     from .config import Config
     from .container import Container
-    from .leftovers import Trace
 
 _NODE_BIND_OPTIONS = ("nosuid", "noexec")
 
@@ -35,15 +35,17 @@ class SourceGone(Exception):  # noqa: N818 - not an error yet: the inventory is 
 
 
 class Edit:
-    """`apply` leaves in `_undo` how to take back what it did, also when it fails half-way.
+    """`apply` leaves in `_mounted` and `_undo` how to take back what it did, also when it fails half-way: its mounts,
+    which are this container's alone, and what it made in the tree, on which another container may have mounted.
 
-    `traces` is what stays in the root filesystem when the container and its mounts are gone (leftovers.py).
+    `traces` is what stays in the root filesystem when the container and its mounts are gone (cleanup.py).
     """
 
-    __slots__ = ("_undo", "traces")
+    __slots__ = ("_mounted", "_undo", "traces")
     kind = ""
 
     def __init__(self) -> None:
+        self._mounted: list[Callable[[], None]] = []
         self._undo: list[Callable[[], None]] = []
         self.traces: list[Trace] = []
 
@@ -70,13 +72,13 @@ class Edit:
     def finish(self) -> None:
         """There as well, when all edits have been applied. MountError."""
 
+    def detach(self) -> None:
+        """Take the mounts back."""
+        _take_back(self._mounted)
+
     def undo(self) -> None:
-        """Take back, newest first; what cannot be taken back is left, so that the rest still is."""
-        while self._undo:
-            try:
-                self._undo.pop()()
-            except OSError:
-                continue  # the fault that brought us here is the one to report
+        """Take back what was made in the tree, when nothing is mounted there any more."""
+        _take_back(self._undo)
 
     def _parent(self, container: Container, path: str) -> tuple[int, str]:
         """(descriptor of the directory, last component); missing directories are made and remembered."""
@@ -117,8 +119,17 @@ class Edit:
             mounted = attach(target, parent, name)
         finally:
             os.close(target)
-        self._undo.append(lambda: bind.detach(mounted))
+        self._mounted.append(lambda: bind.detach(mounted))
         return mounted
+
+
+def _take_back(steps: list[Callable[[], None]]) -> None:
+    """Newest first; what cannot be taken back is left, so that the rest still is."""
+    while steps:
+        try:
+            steps.pop()()
+        except OSError:
+            continue  # the fault that brought us here is the one to report
 
 
 def remover(remove: Callable[..., None], parent: int, name: str) -> Callable[[], None]:
@@ -506,8 +517,8 @@ class Symlink(Edit):
 
     @staticmethod
     def _swap(parent: int, name: str, target: str) -> None:
-        beside = f".{name}.nvhook"
-        leftovers.clear(beside, parent)
+        beside = files.beside_of(name)
+        files.clear(beside, parent)
         os.symlink(target, beside, dir_fd=parent)
         try:
             os.rename(beside, name, src_dir_fd=parent, dst_dir_fd=parent)
@@ -543,6 +554,16 @@ def apply(edits: list[Edit], container: Container) -> None:
         for edit in edits:
             edit.finish()
     except BaseException:
+        _undo(done, container)
+        raise
+
+
+def _undo(done: list[Edit], container: Container) -> None:
+    for edit in reversed(done):
+        edit.detach()
+
+    def undo_tree() -> None:
         for edit in reversed(done):
             edit.undo()
-        raise
+
+    cleanup.undo(container, undo_tree, [trace for edit in done for trace in edit.traces])

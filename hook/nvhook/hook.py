@@ -3,7 +3,7 @@
 
     prestart    the main job (prestart.py)
     cdi         what an engine cannot do that injects by CDI (cdihook.py)
-    poststop    take away what it left in the root filesystem (leftovers.py)
+    poststop    take away what it left in the root filesystem (cleanup.py)
     poststart   nothing
 
 Each stage imports what it needs: an interpreter at the end of a container costs its user nothing but time.
@@ -114,11 +114,11 @@ def poststop(state_dir: str, state: bytes, warnings: list[str]) -> None:
 
     A fault here is told and changes nothing: the container is over, and NVIDIA's hook does nothing at all.
     """
-    from . import leftovers, spec
+    from . import cleanup, spec
     from .linux import kernel
 
     kernel.keep_capabilities(kernel.CAP_CHOWN, kernel.CAP_DAC_OVERRIDE, kernel.CAP_FOWNER)
     try:
-        leftovers.clean(state_dir, spec.parse_state(state, is_alive=False))
+        cleanup.poststop(state_dir, spec.parse_state(state, is_alive=False), warnings)
     except NvhookError as error:
         warnings.append(str(error))

@@ -17,10 +17,11 @@ import os
 import stat
 import time
 
-from . import quickjson
+from . import quickjson, state_dir
 from .config import Config
 from .driver import Binary, Driver, File, Library
 from .errors import DriverError, reason
+from .linux import files
 
 NAME = "inventory.json"
 _NVML_NAME = "nvml.json"
@@ -217,7 +218,12 @@ def _identity(path: str) -> list[object] | None:
 def _read(path: str, origin: Json, reader: Callable[[Json], Kept]) -> Kept | None:
     """None for a file that is missing, not ours, of another origin, or damaged."""
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        directory = state_dir.open_directory(os.path.dirname(path), make=False)
+        try:
+            flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+            fd = os.open(os.path.basename(path), flags, dir_fd=directory)
+        finally:
+            os.close(directory)
     except OSError:
         return None
     try:
@@ -370,17 +376,20 @@ def _keep(path: str, document: Json, warnings: list[str], otherwise: str) -> Non
 
 
 def _replace(path: str, content: bytes) -> None:
-    os.makedirs(os.path.dirname(path), mode=0o755, exist_ok=True)
+    directory = state_dir.open_directory(os.path.dirname(path))
+    name = os.path.basename(path)
     # Several containers may start at once with nothing kept yet: each writes its own file, the last one stays.
-    beside = f"{path}.{os.getpid()}"
-    if os.path.lexists(beside):
-        os.unlink(beside)  # of a process that was killed, and whose number is now ours
-    fd = os.open(beside, os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_WRONLY | os.O_CLOEXEC, 0o644)
+    beside = f"{name}.{os.getpid()}"
     try:
-        with open(fd, "wb") as file:
-            os.fchmod(fd, 0o644)  # whatever the engine's umask: a container's other users read some of them
-            file.write(content)
-        os.rename(beside, path)
-    except OSError:
-        os.unlink(beside)
-        raise
+        files.clear(beside, directory)  # of a process that was killed, and whose number is now ours
+        fd = os.open(beside, files.NEW, 0o644, dir_fd=directory)
+        try:
+            with open(fd, "wb") as file:
+                os.fchmod(fd, 0o644)  # whatever the engine's umask: a container's other users read some of them
+                file.write(content)
+            os.rename(beside, name, src_dir_fd=directory, dst_dir_fd=directory)
+        except OSError:
+            os.unlink(beside, dir_fd=directory)
+            raise
+    finally:
+        os.close(directory)

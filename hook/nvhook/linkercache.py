@@ -11,10 +11,10 @@ import errno
 import os
 import stat
 
-from . import leftovers
+from . import cleanup
 from .edits import Edit, kind_of, look, remover
 from .errors import LdcacheError, reason
-from .linux import ldmerge
+from .linux import files, ldmerge
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -107,9 +107,10 @@ class Ldcache(Edit):
                     self._undo.append(remover(os.unlink, etc, f"{name}~"))  # what it renames when all is well
                     self._ldconfig.run(self._program, container.rootfs, container.root, self.directories, owner)
                 else:
-                    leftovers.replace(self._cache, etc, name)
-                made = leftovers.identity(os.stat(name, dir_fd=etc, follow_symlinks=False))
-                self.traces.append({"kind": "cache", "path": _CACHE, "made": made, "former": self.former >= 0})
+                    files.replace(self._cache, etc, name)
+                made = cleanup.version(os.stat(name, dir_fd=etc, follow_symlinks=False))
+                former = cleanup.former(os.fstat(self.former)) if self.former >= 0 else None
+                self.traces.append({"kind": "cache", "path": _CACHE, "made": made, "former": former})
             finally:
                 os.close(etc)
         except OSError as error:
@@ -131,7 +132,8 @@ class Ldcache(Edit):
         elif stat.S_ISREG(status.st_mode) and status.st_size <= _MAX_CACHE:
             self.former = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=etc)
             directory = os.dup(etc)
-            self._undo.append(lambda: leftovers.restore(self.former, directory, name))
+            owner, mode = files.owner_and_mode(status)
+            self._undo.append(lambda: files.restore(self.former, directory, name, owner, mode, status.st_mtime_ns))
         else:
             raise OSError(errno.EEXIST, f"the image has {kind_of(status)} there")
 

@@ -13,14 +13,15 @@ import sys
 
 from . import (
     caps,
+    cleanup,
     compat,
+    container_dir,
     dri,
     features,
     fitness,
     host,
     inventory,
     kmods,
-    leftovers,
     linkercache,
     plan,
     procfs,
@@ -79,36 +80,54 @@ def serve(
     if trail:
         trail.chosen = ahead.chosen
     edits = ahead.edits
-    notes = _notes(config, state, warnings)
     closed = _not_allowed(edits, described) if trail else []
-    _tell_systemd(closed, config, container, warnings)
-    change(config, container, edits, closed)
+    container.lock = lock(config, container, warnings)
+    with container.lock:
+        container.directory = _register(state, container, warnings)
+        try:
+            _tell_systemd(closed, config, container, warnings)
+            change(config, container, edits, closed)
+        except BaseException:
+            cleanup.forget(container)
+            raise
+        if container.directory:
+            _note(container.directory, container, edits, warnings)
     if trail:
         trail.grant()
-    if notes:
-        container.be_host()
-        _note(notes, state, container, edits, warnings)
 
 
-def _notes(config: Config, state: spec.State, warnings: list[str]) -> leftovers.Notes | None:
+def lock(config: Config, container: Container, warnings: list[str]) -> container_dir.Lock | container_dir.Unlocked:
+    """The lock of the container's root filesystem, not taken yet; a warning where there can be none."""
     try:
-        return leftovers.Notes(config.state_dir, state)
+        return container_dir.lock(config.state_dir, container)
+    except OSError as error:
+        what = f"keep a note of the container below `{config.state_dir}`"
+        warnings.append(f"{what}: {reason(error)}; empty files will stay in the container's layer")
+        return container_dir.Unlocked()
+
+
+def _register(state: spec.State, container: Container, warnings: list[str]) -> container_dir.ContainerDirectory | None:
+    """Before anything is made in the root filesystem: whoever cleans up another container's looks for ours."""
+    try:
+        return container.lock.register(state, container, warnings)
     except SpecError as error:
         warnings.append(f"{error.message}; empty files will stay in the container's layer")
-        return None
     except OSError as error:
-        warnings.append(f"open `{config.state_dir}`: {reason(error)}; empty files will stay in the container's layer")
-        return None
+        why = f"note the container `{state.id}`: {reason(error)}"
+        warnings.append(f"{why}; empty files will stay in the container's layer")
+    return None
 
 
 def _note(
-    notes: leftovers.Notes, state: spec.State, container: Container, edits: list[editing.Edit], warnings: list[str]
+    directory: container_dir.ContainerDirectory,
+    container: Container,
+    edits: list[editing.Edit],
+    warnings: list[str],
 ) -> None:
     traces = [trace for edit in edits for trace in edit.traces]
     former = next((edit.former for edit in edits if isinstance(edit, linkercache.Ldcache)), -1)
     try:
-        traces = leftovers.times(container.root, container.times) + traces
-        notes.write(state, container.rootfs, traces, former)
+        cleanup.note(directory, cleanup.times(container.root, container.times) + traces, former)
     except OSError as error:
         warnings.append(f"note what to clean up: {reason(error)}; empty files will stay in the container's layer")
 
@@ -216,7 +235,7 @@ def _prepare(edits: list[editing.Edit], config: Config, root: Root) -> None:
 def change(config: Config, container: Container, edits: list[editing.Edit], closed: list[editing.Device]) -> None:
     """Apply `edits`, and open the device cgroup for the nodes that are `closed`: all of it, or nothing.
 
-    The container's mount namespace is ours from then on.
+    The container's mount namespace is ours from then on; files are the host's root's again.
     """
     for edit in edits:
         edit.examine(container)
@@ -227,6 +246,8 @@ def change(config: Config, container: Container, edits: list[editing.Edit], clos
     except BaseException:
         undo_access()
         raise
+    finally:
+        container.be_host()
 
 
 def _not_allowed(edits: list[editing.Edit], described: spec.Spec) -> list[editing.Device]:

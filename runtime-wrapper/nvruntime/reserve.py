@@ -21,6 +21,7 @@ import os
 import signal
 import time
 
+from nvhook import state_dir
 from nvhook.linux import memory, userns
 from nvhook.linux.child import readable
 
@@ -93,7 +94,7 @@ def leave(place: str) -> None:
     if os.geteuid() != 0 or not userns.is_first():
         return
     try:
-        os.makedirs(os.path.dirname(place), mode=0o755, exist_ok=True)
+        os.close(state_dir.open_directory(os.path.dirname(place)))
         if not os.path.isdir(place):
             os.mkdir(place, 0o700)
         lock = os.open(f"{place}/lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
@@ -177,7 +178,7 @@ def _version_of_code() -> list[tuple[int, int]]:
 
 def _load() -> None:
     """What any container may take, so that no child has to."""
-    from nvhook import hook, leftovers, prestart  # noqa: F401
+    from nvhook import cleanup, hook, prestart  # noqa: F401
     from nvhook.linux import kernel  # noqa: F401
 
     from . import create  # noqa: F401

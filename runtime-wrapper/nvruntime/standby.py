@@ -21,7 +21,7 @@ import os
 import signal
 import time
 
-from nvhook import audit, leftovers, spec
+from nvhook import audit, container_dir, spec, state_dir
 from nvhook.errors import NvhookError, SpecError, one_line
 from nvhook.linux import userns
 from nvhook.linux.child import readable
@@ -103,7 +103,7 @@ def make(task: Task) -> Waiting | None:
 
     Not in a user namespace: root there may not write where the state is.
     """
-    if os.geteuid() != 0 or not userns.is_first() or not leftovers.is_name(task.id):
+    if os.geteuid() != 0 or not userns.is_first() or not container_dir.is_id(task.id):
         return None
     parent = os.path.join(task.config.state_dir, _DIRECTORY)
     place = os.path.join(parent, task.id)
@@ -130,7 +130,7 @@ def fork_twice(work: Callable[[], None]) -> None:
 
 def _make(parent: str, place: str) -> list[int]:
     """Descriptors of ask, answer and lock."""
-    os.makedirs(parent, mode=0o755, exist_ok=True)
+    os.close(state_dir.open_directory(parent))
     os.mkdir(place, 0o700)
     for name in _NAMES[:2]:
         os.mkfifo(f"{place}/{name}", 0o600)

@@ -23,11 +23,11 @@ from hypothesis import strategies as st
 from conftest import DEVICES, HOSTS, VERSION_LINE
 from nvhook import (
     caps,
+    cleanup,
     compat,
     dri,
     gpus,
     inventory,
-    leftovers,
     mig,
     nvml,
     plaintoml,
@@ -44,7 +44,7 @@ from nvhook.commands.configure import configcheck, documents
 from nvhook.container import Layout
 from nvhook.errors import NvhookError
 from nvhook.gpus import Gpu, Gpus
-from nvhook.linux import cgroups, devprog, elf, ldcache, ldmerge, mountinfo, symver
+from nvhook.linux import cgroups, devprog, elf, identity, ldcache, ldmerge, mountinfo, symver
 from nvhook.linux.root import DIRECTORY, Root
 from nvhook.requirements import Facts
 from nvruntime import bundle
@@ -692,22 +692,21 @@ def nvml_answer(document: Any) -> None:
         nvml.parse(document)
 
 
-_NOTE = {
-    "bundle": "/bundle",
-    "rootfs": "ROOTFS",
-    "traces": [
-        {"kind": "time", "path": "/usr/lib", "before": 5, "after": 6},
-        {"kind": "file", "path": "/usr/lib/a"},
-        {"kind": "link", "path": "/usr/lib/l", "target": "a", "former": "b"},
-        {"kind": "node", "path": "/dev/n", "major": 195, "minor": 0},
-        {"kind": "directory", "path": "/usr/lib/d"},
-        {"kind": "cache", "path": "/etc/ld.so.cache", "made": [1, 2, 3], "former": True},
-    ],
-}
+_TRACES = [
+    {"kind": "time", "path": "/usr/lib", "before": 5, "after": 6},
+    {"kind": "file", "path": "/usr/lib/a"},
+    {"kind": "link", "path": "/usr/lib/l", "target": "a", "former": "b"},
+    {"kind": "node", "path": "/dev/n", "major": 195, "minor": 0},
+    {"kind": "directory", "path": "/usr/lib/d"},
+    {"kind": "cache", "path": "/etc/ld.so.cache", "made": [1, 2, 3], "former": [4, 5, 6, 0, 0, 420]},
+]
+_KEPT_ABOUT_A_CONTAINER = {"bundle": "/bundle", "rootfs": "ROOTFS", "root": "ROOT", "process": [1, 2], "since": 3}
+_PLACES_OUTSIDE = ["/usr/lib/../../../canary", "../../canary", "/out", "/out/canary"]
 
 
-@_target(mutations.documents([_NOTE], ["/usr/lib/../../../canary", "../../canary", "/out", "/out/canary"]))
-def note_of_leftovers(document: Any) -> None:
+@_target(mutations.documents([[_KEPT_ABOUT_A_CONTAINER, _TRACES]], _PLACES_OUTSIDE))
+def kept_about_a_container(document: Any) -> None:
+    """container.json and traces.json; a second container over the same root filesystem is over as well."""
     rootfs = _place() / "rootfs"
     for name in ("usr/lib/d", "dev", "etc"):
         (rootfs / name).mkdir(parents=True, exist_ok=True)
@@ -716,8 +715,18 @@ def note_of_leftovers(document: Any) -> None:
         (rootfs / "usr/lib/l").symlink_to("a")
         (rootfs / "out").symlink_to("..")
     _file("canary", b"")
-    text = json.dumps(document).replace('"ROOTFS"', json.dumps(str(rootfs)))
-    _file("state/containers/name", text.encode())
-    with contextlib.suppress(NvhookError):
-        leftovers.clean(str(_place() / "state"), spec.State(0, "/bundle", "name"))
+    about, traces = document if isinstance(document, list) and len(document) == 2 else (document, _TRACES)
+    fd = os.open(rootfs, os.O_PATH)
+    root = json.dumps(identity.of(fd).describe())
+    os.close(fd)
+    for name, kept in (("name", about), ("other", _KEPT_ABOUT_A_CONTAINER)):
+        text = json.dumps(kept).replace('"ROOTFS"', json.dumps(str(rootfs))).replace('"ROOT"', root)
+        _file(f"state/containers/{name}/container.json", text.encode())
+        _file(f"state/containers/{name}/traces.json", json.dumps(traces).encode())
+        os.chmod(_place() / f"state/containers/{name}", 0o700)
+        for file in ("container.json", "traces.json"):
+            os.chmod(_place() / f"state/containers/{name}/{file}", 0o600)
+    for name in ("name", "other"):
+        with contextlib.suppress(NvhookError):
+            cleanup.poststop(str(_place() / "state"), spec.State(0, "/bundle", name), [])
     assert (_place() / "canary").exists()

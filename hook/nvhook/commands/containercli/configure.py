@@ -61,7 +61,9 @@ def _apply(
         log.write("info", plan.sentence(edit.describe()))
     if nodes and not options.pid and not options.no_cgroups:
         warnings.append("the device cgroup is the caller's own without --pid, and stays as it is; say --no-cgroups")
-    prestart.change(config, place, edits, nodes if options.pid else [])
+    place.lock = prestart.lock(config, place, warnings)
+    with place.lock:
+        prestart.change(config, place, edits, nodes if options.pid else [])
 
 
 def _is_left_out(options: argparse.Namespace, edit: Edit) -> bool:

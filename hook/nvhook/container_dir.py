@@ -1,0 +1,376 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is kept about a container: one directory for each, STATE/containers/<id>/, for root alone.
+
+    container.json   the bundle, the root filesystem (path and identity) and the first process
+    traces.json      what edits left in the root filesystem (cleanup.py)
+    ld.so.cache      the linker cache that the image had there
+
+A directory per container, because an id may be any name: were its files told apart by a suffix, the container
+`web.cache` would own a file of the container `web`. The directory is made before anything is done to the container, so
+that another one over the same root filesystem knows of it; both take a lock first, one for each root filesystem.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import stat
+import time
+
+from . import quickjson, state_dir
+from .errors import ContainerError, SpecError
+from .linux import files, identity
+from .linux.root import DIRECTORY
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from types import TracebackType
+    from typing import Any  # noqa: TID251 - never at run time
+
+    from .container import Container
+    from .linux.identity import Identity
+    from .spec import State
+
+    Json = dict[str, Any]
+
+CONTAINERS = "containers"
+_CONTAINER, _TRACES, _CACHE = "container.json", "traces.json", "ld.so.cache"
+_MAX_FILE = 4 << 20
+_MAX_ID = 255  # NAME_MAX; engines use 64 and containerd allows 76
+_LOCK_SECONDS = 10  # what is done under it takes milliseconds, or ldconfig's time
+_ID_CHARACTERS = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_+-.")
+
+
+class Containers:
+    """STATE/containers, open, and the /proc of the host, for when another mount namespace has been entered."""
+
+    __slots__ = ("fd", "proc")
+
+    def __init__(self, path: str, *, make: bool = True) -> None:
+        """`path` is STATE. OSError as state_dir.open_directory has it; FileNotFoundError only unless `make`."""
+        self.fd = state_dir.open_directory(path, CONTAINERS, make=make)
+        self.proc = os.open("/proc", DIRECTORY)
+
+    def ids(self) -> list[str]:
+        """Of all containers, in no order."""
+        fd = os.open(".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=self.fd)
+        try:
+            return [name for name in os.listdir(fd) if is_id(name)]
+        finally:
+            os.close(fd)
+
+    def read(self, id: str) -> ContainerDirectory | None:  # noqa: A002 - OCI's name
+        """The directory of the container `id`; None where there is none, or it is not as we write it."""
+        try:
+            fd = os.open(id, DIRECTORY | os.O_NOFOLLOW, dir_fd=self.fd)
+        except OSError:
+            return None
+        try:
+            status = os.fstat(fd)
+            if status.st_mode & 0o077 or not state_dir.is_owner(status):
+                raise ValueError("a directory that others may use")
+            return ContainerDirectory(self, id, fd, _read_json(fd, _CONTAINER))
+        except (OSError, ValueError, KeyError, TypeError):
+            os.close(fd)
+            return None
+
+    def close(self) -> None:
+        os.close(self.fd)
+        os.close(self.proc)
+
+
+class ContainerDirectory:
+    """STATE/containers/<id>/, open; made and used in the host's namespace, and by descriptor in the container's.
+
+    root     the identity of the root filesystem, as the host reaches it
+    rootfs   its path there
+    process  (pid, start time in clock ticks since boot) of the container's first process
+    since    when the directory was made, in ns since boot
+    """
+
+    __slots__ = ("_containers", "_fd", "bundle", "id", "process", "root", "rootfs", "since")
+
+    def __init__(self, containers: Containers, id: str, fd: int, document: Json) -> None:  # noqa: A002 - OCI's name
+        """ValueError, KeyError or TypeError for a container.json that is not as `register` writes it."""
+        self._containers = containers
+        self._fd = fd
+        self.id = id
+        self.bundle = _text(document["bundle"])
+        self.rootfs = _text(document["rootfs"])
+        self.root = identity.parse(document["root"])
+        pid, start = document["process"]
+        self.process = _number(pid), _number(start)
+        self.since = _number(document["since"])
+
+    def is_over(self) -> bool:
+        """Whether the container's first process has ended. In doubt it lives: that costs empty files, and no GPU."""
+        pid, start = self.process
+        try:
+            os.kill(pid, 0)
+        except ProcessLookupError:
+            return True
+        except PermissionError:
+            pass
+        try:
+            return process_start(self._containers.proc, f"{pid}/stat") != start
+        except FileNotFoundError:
+            return False  # hidepid of /proc, and we have given up CAP_SYS_PTRACE
+
+    def traces(self) -> list[Json]:
+        """In the order in which they were made. OSError or ValueError where they are not as we wrote them."""
+        try:
+            found = _read_json(self._fd, _TRACES)
+        except FileNotFoundError:
+            return []  # nothing was made yet
+        if not isinstance(found, list):
+            raise ValueError(f"`{_TRACES}` is not a list")
+        return found
+
+    def write_traces(self, traces: list[Json]) -> None:
+        _replace(self._fd, _TRACES, quickjson.dumps(traces))
+
+    def save_cache(self, source: int) -> None:
+        """A copy of the file `source`, without its owner and mode: a set-uid bit of an image's is none of root's."""
+        self._unlink(_CACHE)
+        fd = os.open(_CACHE, files.NEW, 0o600, dir_fd=self._fd)
+        try:
+            files.copy(source, fd)
+        finally:
+            os.close(fd)
+
+    def saved_cache(self) -> int:
+        """A descriptor of the copy; OSError where there is none, or it is another file than we wrote."""
+        return _open_file(self._fd, _CACHE)
+
+    def adopt_cache(self, other: ContainerDirectory) -> None:
+        """Take the copy of another container's in the place of ours, if there is one."""
+        self._unlink(_CACHE)
+        try:
+            os.rename(_CACHE, _CACHE, src_dir_fd=other._fd, dst_dir_fd=self._fd)
+        except FileNotFoundError:
+            return
+
+    def remove(self) -> None:
+        """The directory and all that is in it. Whatever else somebody put there stays, and the directory with it."""
+        for name in (_TRACES, files.beside_of(_TRACES), _CACHE, _CONTAINER):  # the last one makes it a container's
+            self._unlink(name)
+        os.rmdir(self.id, dir_fd=self._containers.fd)
+
+    def close(self) -> None:
+        os.close(self._fd)
+
+    def _unlink(self, name: str) -> None:
+        try:
+            os.unlink(name, dir_fd=self._fd)
+        except FileNotFoundError:
+            return
+
+
+class Lock:
+    """One process at a time looks at a root filesystem, makes something in it or removes something from it.
+
+    Containers over the same one would make the same files at once, and one that cleans up would remove what another is
+    about to mount on. The lock's file is there only as long as somebody has or wants it: a process that got the lock
+    of a file which the former holder has removed by then has nothing, and tries again.
+    """
+
+    __slots__ = ("_containers", "_fd", "_name", "_root")
+
+    def __init__(self, containers: Containers, root: Identity) -> None:
+        self._containers = containers
+        self._root = root
+        self._name = f".{root.device}-{root.inode}.lock"  # no id begins with a dot
+        self._fd = -1
+
+    def __enter__(self) -> None:
+        """ContainerError where another process keeps it for too long, OSError where there can be none."""
+        end = time.monotonic() + _LOCK_SECONDS
+        while not self._try():
+            if time.monotonic() > end:
+                raise ContainerError(
+                    f"lock the container's root filesystem: another container over it has `{CONTAINERS}/{self._name}` "
+                    f"for more than {_LOCK_SECONDS} s",
+                    "start it again, or give it a root filesystem of its own",
+                )
+            time.sleep(0.001)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        os.unlink(self._name, dir_fd=self._containers.fd)
+        os.close(self._fd)
+
+    def _try(self) -> bool:
+        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+        self._fd = os.open(self._name, flags, 0o600, dir_fd=self._containers.fd)
+        try:
+            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            is_ours = os.fstat(self._fd).st_nlink > 0
+        except BlockingIOError:
+            is_ours = False
+        if not is_ours:
+            os.close(self._fd)
+        return is_ours
+
+    def others(self, but: str) -> Iterator[ContainerDirectory]:
+        """The containers over this root filesystem, but for that of this id."""
+        for name in self._containers.ids():
+            other = self._containers.read(name) if name != but else None
+            if other is None:
+                continue
+            if other.root.is_same_object(self._root):
+                yield other
+            else:
+                other.close()  # there may be more of them than this process may have open files
+
+    def register(self, state: State, container: Container, warnings: list[str]) -> ContainerDirectory:
+        """Make the directory of a container that is being created. The lock is held.
+
+        SpecError for an id that cannot be a directory's name; OSError where the directory cannot be made.
+        """
+        check_id(state.id)
+        document = {
+            "bundle": state.bundle,
+            "rootfs": container.rootfs,
+            "root": self._root.describe(),
+            "process": [state.pid, process_start(container.proc, "stat")],
+            "since": time.clock_gettime_ns(time.CLOCK_BOOTTIME),
+        }
+        self._clear_former(state, warnings)
+        fd = state_dir.enter(self._containers.fd, state.id)
+        _replace(fd, _CONTAINER, quickjson.dumps(document))
+        return ContainerDirectory(self._containers, state.id, fd, document)
+
+    def _clear_former(self, state: State, warnings: list[str]) -> None:
+        """Remove what is there under this id, unless it is of the same bundle and root filesystem: such a container was
+        started again without a poststop in between, and what it left is this one's to clean up."""
+        former = self._containers.read(state.id)
+        if former and former.bundle == state.bundle and former.root == self._root:
+            return
+        if not _clear(self._containers.fd, state.id):
+            return
+        if former:
+            why = f"was of another root filesystem or bundle; what that container left in `{former.rootfs}` stays there"
+        else:
+            why = "was not as nvhook writes it"
+        warnings.append(f"what was kept about a container `{state.id}` {why}")
+
+
+class Unlocked:
+    """In the place of a Lock, where nothing can be kept about a container: it counts as the only one."""
+
+    __slots__ = ()
+
+    def __enter__(self) -> None:
+        return
+
+    def __exit__(self, *_: object) -> None:
+        return
+
+    def others(self, but: str) -> Iterator[ContainerDirectory]:  # noqa: ARG002 - as a Lock has it
+        return iter(())
+
+    def register(self, state: State, container: Container, warnings: list[str]) -> None:  # noqa: ARG002 - likewise
+        return None
+
+
+def lock(path: str, container: Container) -> Lock:
+    """The lock of the container's root filesystem; `path` is STATE. OSError where nothing can be kept about it."""
+    if container.host_identity is None:
+        raise OSError(errno.ENOENT, f"the host has no `{container.rootfs}`, or another directory there")
+    return Lock(Containers(path), container.host_identity)
+
+
+def _clear(containers: int, id: str) -> bool:  # noqa: A002 - OCI's name
+    """Remove what is there under the name `id`; False if there is nothing. Before nvhook 2 notes were single files."""
+    try:
+        status = os.stat(id, dir_fd=containers, follow_symlinks=False)
+    except FileNotFoundError:
+        return False
+    if not stat.S_ISDIR(status.st_mode):
+        os.unlink(id, dir_fd=containers)
+        return True
+    fd = os.open(id, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=containers)
+    try:
+        for name in os.listdir(fd):
+            os.unlink(name, dir_fd=fd)
+    finally:
+        os.close(fd)
+    os.rmdir(id, dir_fd=containers)
+    return True
+
+
+def is_id(text: str) -> bool:
+    """Whether a container can have this id: the grammar of runc and containerd, and a name that is no other file's."""
+    return 0 < len(text) <= _MAX_ID and not text.startswith((".", "-")) and _ID_CHARACTERS.issuperset(text)
+
+
+def check_id(text: str) -> None:
+    if not is_id(text):
+        shown = text if len(text) <= _MAX_ID else f"{text[:_MAX_ID]}…"
+        raise SpecError(f"`{shown}` is not a container's id", "use letters, digits, `_`, `+`, `-` and `.`, at most 255")
+
+
+def process_start(directory: int, path: str) -> int:
+    """When the process of this /proc/<pid>/stat started, in clock ticks since boot; -1 for one that is a zombie.
+
+    A pid is used again, the pair of pid and start is not. FileNotFoundError or ProcessLookupError if it is gone.
+    """
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC, dir_fd=directory)
+    try:
+        # The name of the program may hold anything, a parenthesis included: fields count from the last one.
+        fields = os.read(fd, 4096).rpartition(b")")[2].split()
+    finally:
+        os.close(fd)
+    return -1 if fields[0] in (b"Z", b"X") else int(fields[19])
+
+
+def _number(value: object) -> int:
+    if type(value) is not int or not -1 <= value < 1 << 63:
+        raise ValueError("not a number that we write")
+    return value
+
+
+def _text(value: object) -> str:
+    if not isinstance(value, str) or not value.startswith("/"):
+        raise ValueError("not an absolute path")
+    return value
+
+
+def _read_json(directory: int, name: str) -> Any:
+    fd = _open_file(directory, name)
+    with open(fd, "rb") as file:
+        content = file.read(_MAX_FILE + 1)
+    if len(content) > _MAX_FILE:
+        raise ValueError(f"`{name}` is larger than {_MAX_FILE} bytes")
+    try:
+        return quickjson.loads(content)
+    except RecursionError:
+        raise ValueError(f"`{name}` is too deeply nested") from None
+
+
+def _open_file(directory: int, name: str) -> int:
+    """For reading, if it is as we write it: a regular file of our own that nobody else may read or write."""
+    fd = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=directory)
+    status = os.fstat(fd)
+    if not stat.S_ISREG(status.st_mode) or status.st_mode & 0o7177 or not state_dir.is_owner(status):
+        os.close(fd)
+        raise PermissionError(errno.EPERM, f"`{name}` is not as nvhook writes it", name)
+    return fd
+
+
+def _replace(directory: int, name: str, content: bytes) -> None:
+    beside = files.beside_of(name)
+    files.clear(beside, directory)
+    _write(directory, beside, content)
+    os.rename(beside, name, src_dir_fd=directory, dst_dir_fd=directory)
+
+
+def _write(directory: int, name: str, content: bytes) -> None:
+    fd = os.open(name, files.NEW, 0o600, dir_fd=directory)
+    try:
+        files.write(fd, content)
+    finally:
+        os.close(fd)
