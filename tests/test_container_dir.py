@@ -129,6 +129,42 @@ def test_what_an_earlier_version_left_is_no_obstacle(tmp_path: Path, rootfs: Pat
     assert (tmp_path / "state/containers/web/container.json").exists()
 
 
+# Containers without a poststop hook
+
+
+def test_what_nobody_cleans_up_does_not_grow_without_end(tmp_path: Path) -> None:
+    """Containers whose process and root filesystem are gone, as after `docker run --gpus`."""
+    counts = []
+    for number in range(60):
+        rootfs = tmp_path / "rootfs"
+        rootfs.mkdir()
+        pid = os.fork()
+        if pid == 0:
+            os._exit(time.sleep(600) or 0)
+        cleanup.note(register(tmp_path, rootfs, f"container{number}", pid), [], -1)
+        os.kill(pid, 9)
+        os.waitpid(pid, 0)
+        rootfs.rmdir()
+        counts.append(len(os.listdir(tmp_path / "state/containers")))
+    assert max(counts) <= 20
+
+
+def test_sweep_leaves_what_lives_and_what_can_be_cleaned_up(tmp_path: Path, rootfs: Path) -> None:
+    (tmp_path / "other").mkdir()
+    other = tmp_path / "other"
+    pid = os.fork()
+    if pid == 0:
+        os._exit(time.sleep(600) or 0)
+    register(tmp_path, rootfs, "over-and-there", pid)
+    os.kill(pid, 9)
+    os.waitpid(pid, 0)
+    register(tmp_path, other, "alive-and-gone")
+    other.rmdir()
+    for number in range(20):
+        register(tmp_path, rootfs, f"next{number}").remove()
+    assert sorted(os.listdir(tmp_path / "state/containers")) == ["alive-and-gone", "over-and-there"]
+
+
 # The lock
 
 

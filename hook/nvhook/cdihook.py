@@ -15,7 +15,7 @@ from __future__ import annotations
 import os
 import sys
 
-from . import audit, caps, compat, host, mig, plan, prestart, procfs, spec
+from . import audit, caps, compat, container_dir, host, mig, plan, prestart, procfs, spec
 from . import config as configuration
 from . import container as containers
 from . import edits as editing
@@ -93,7 +93,7 @@ def run(words: list[str], default_config: str, warnings: list[str]) -> None:
         trail.chosen = chosen(nodes, config, asked, gpus)
         edits = _edits(arguments, nodes, config, asked, gpus, trail.chosen, container, warnings)
         _prepare(edits, config)
-        container.lock = prestart.lock(config, container, warnings)
+        container.lock = container_dir.lock_without_note(config.state_dir, container)
         with container.lock:
             prestart.change(config, container, edits, [])
     except NvhookError as error:

@@ -191,6 +191,7 @@ def here(path: str) -> Container:
         in_userns=rootless,
         rootless=rootless,
         shared=mountinfo.shared(mounts),
+        host_identity=identity.of(root.fd),
     )
     if container.shares(root.fd):
         raise ContainerError(

@@ -39,6 +39,7 @@ CONTAINERS = "containers"
 _CONTAINER, _TRACES, _CACHE = "container.json", "traces.json", "ld.so.cache"
 _MAX_FILE = 4 << 20
 _MAX_ID = 255  # NAME_MAX; engines use 64 and containerd allows 76
+_SWEPT = 2  # at each start: one would do for each of the last start's
 _LOCK_SECONDS = 10  # what is done under it takes milliseconds, or ldconfig's time
 _ID_CHARACTERS = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_+-.")
 
@@ -117,6 +118,17 @@ class ContainerDirectory:
             return process_start(self._containers.proc, f"{pid}/stat") != start
         except FileNotFoundError:
             return False  # hidepid of /proc, and we have given up CAP_SYS_PTRACE
+
+    def has_root(self) -> bool:
+        """Whether the root filesystem is still what the host reaches by its path."""
+        try:
+            fd = os.open(self.rootfs, DIRECTORY | os.O_NOFOLLOW)
+        except (OSError, ValueError):  # a NUL in the path
+            return False
+        try:
+            return identity.of(fd) == self.root
+        finally:
+            os.close(fd)
 
     def traces(self) -> list[Json]:
         """In the order in which they were made. OSError or ValueError where they are not as we wrote them."""
@@ -239,9 +251,26 @@ class Lock:
             "since": time.clock_gettime_ns(time.CLOCK_BOOTTIME),
         }
         self._clear_former(state, warnings)
+        self._sweep(state.id)
         fd = state_dir.enter(self._containers.fd, state.id)
         _replace(fd, _CONTAINER, quickjson.dumps(document))
         return ContainerDirectory(self._containers, state.id, fd, document)
+
+    def _sweep(self, but: str) -> None:
+        """Remove two directories of containers that are over and whose root filesystem is gone, if there are such: with
+        `docker run --gpus` nobody calls a poststop hook, and STATE is in memory. More in one start would hold it up."""
+        names = [name for name in self._containers.ids() if name != but]
+        for _ in range(min(_SWEPT, len(names))):
+            other = self._containers.read(names.pop(time.monotonic_ns() % len(names)))
+            if other is None:
+                continue
+            try:
+                if other.is_over() and not other.has_root():
+                    other.remove()
+            except OSError:
+                continue  # its own poststop hook is at it
+            finally:
+                other.close()
 
     def _clear_former(self, state: State, warnings: list[str]) -> None:
         """Remove what is there under this id, unless it is of the same bundle and root filesystem: such a container was
@@ -274,6 +303,14 @@ class Unlocked:
 
     def register(self, state: State, container: Container, warnings: list[str]) -> None:  # noqa: ARG002 - likewise
         return None
+
+
+def lock_without_note(path: str, container: Container) -> Lock | Unlocked:
+    """For a container that nothing is kept about. Where there can be no lock, it does without."""
+    try:
+        return lock(path, container)
+    except OSError:
+        return Unlocked()
 
 
 def lock(path: str, container: Container) -> Lock:

@@ -81,7 +81,11 @@ def serve(
         trail.chosen = ahead.chosen
     edits = ahead.edits
     closed = _not_allowed(edits, described) if trail else []
-    container.lock = lock(config, container, warnings)
+    try:
+        container.lock = container_dir.lock(config.state_dir, container)
+    except OSError as error:
+        what = f"keep a note of the container below `{config.state_dir}`"
+        warnings.append(f"{what}: {reason(error)}; empty files will stay in the container's layer")
     with container.lock:
         container.directory = _register(state, container, warnings)
         try:
@@ -94,16 +98,6 @@ def serve(
             _note(container.directory, container, edits, warnings)
     if trail:
         trail.grant()
-
-
-def lock(config: Config, container: Container, warnings: list[str]) -> container_dir.Lock | container_dir.Unlocked:
-    """The lock of the container's root filesystem, not taken yet; a warning where there can be none."""
-    try:
-        return container_dir.lock(config.state_dir, container)
-    except OSError as error:
-        what = f"keep a note of the container below `{config.state_dir}`"
-        warnings.append(f"{what}: {reason(error)}; empty files will stay in the container's layer")
-        return container_dir.Unlocked()
 
 
 def _register(state: spec.State, container: Container, warnings: list[str]) -> container_dir.ContainerDirectory | None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import os
 
-from nvhook import audit, container, prestart
+from nvhook import audit, container, container_dir, prestart
 from nvhook import config as configuration
 from nvhook.commands import plan
 from nvhook.commands.containercli import options as containeroptions
@@ -61,7 +61,7 @@ def _apply(
         log.write("info", plan.sentence(edit.describe()))
     if nodes and not options.pid and not options.no_cgroups:
         warnings.append("the device cgroup is the caller's own without --pid, and stays as it is; say --no-cgroups")
-    place.lock = prestart.lock(config, place, warnings)
+    place.lock = container_dir.lock_without_note(config.state_dir, place)
     with place.lock:
         prestart.change(config, place, edits, nodes if options.pid else [])
 
