@@ -140,7 +140,8 @@ def test_what_nobody_cleans_up_does_not_grow_without_end(tmp_path: Path) -> None
         rootfs.mkdir()
         pid = os.fork()
         if pid == 0:
-            os._exit(time.sleep(600) or 0)
+            time.sleep(600)
+            os._exit(0)
         cleanup.note(register(tmp_path, rootfs, f"container{number}", pid), [], -1)
         os.kill(pid, 9)
         os.waitpid(pid, 0)
@@ -154,7 +155,8 @@ def test_sweep_leaves_what_lives_and_what_can_be_cleaned_up(tmp_path: Path, root
     other = tmp_path / "other"
     pid = os.fork()
     if pid == 0:
-        os._exit(time.sleep(600) or 0)
+        time.sleep(600)
+        os._exit(0)
     register(tmp_path, rootfs, "over-and-there", pid)
     os.kill(pid, 9)
     os.waitpid(pid, 0)

@@ -39,7 +39,7 @@ CONTAINERS = "containers"
 _CONTAINER, _TRACES, _CACHE = "container.json", "traces.json", "ld.so.cache"
 _MAX_FILE = 4 << 20
 _MAX_ID = 255  # NAME_MAX; engines use 64 and containerd allows 76
-_SWEPT = 2  # at each start: one would do for each of the last start's
+_SWEPT = 2  # directories at each start: more go than come
 _LOCK_SECONDS = 10  # what is done under it takes milliseconds, or ldconfig's time
 _ID_CHARACTERS = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_+-.")
 
