@@ -51,7 +51,7 @@ def _sentence(about: dict[str, Any]) -> str:
     """The description without what is in the other columns; that a key is honoured is the rule."""
     text: str = _DEFAULT.sub("", about["description"])
     text = re.sub(r" Honoured: (\w?)", lambda found: f" {found[1].upper()}", text.removesuffix(" Honoured."))
-    values = [f"`{value}`" for value in about.get("enum", [])]
+    values = [f"`{json.dumps(value) if isinstance(value, bool) else value}`" for value in about.get("enum", [])]
     if any(value not in text for value in values):
         text += f" One of {', '.join(values)}."
     return text.replace("Not honoured:", "**Not honoured**:")

@@ -17,8 +17,10 @@ ALL = ("compat32", "compute", "display", "graphics", "ngx", "utility", "video")
 HOST_LDCONFIG = "/sbin/ldconfig.real" if os.path.exists("/sbin/ldconfig.real") else "/sbin/ldconfig"
 
 DEFAULTS: dict[str, Any] = {
+    "accept_device_annotations": None,
     "accept_env_when_unprivileged": True,
     "accept_volume_mounts": False,
+    "annotation_prefixes": ("cdi.k8s.io/", "nvidia.cdi.k8s.io/"),
     "cuda_compat": True,
     "dev_root": "/",
     "disable_require": False,
@@ -421,6 +423,42 @@ def test_load_ldconfig_normalised(tmp_path: Path, files: list[str], value: str, 
 def test_load_warning(tmp_path: Path, text: str, warning: str) -> None:
     expected = [f"`{tmp_path / 'config.toml'}`: {warning}"] if warning else []
     assert _load(tmp_path, text).warnings == expected
+
+
+@pytest.mark.parametrize(("value", "expected"), [("'auto'", None), ("true", True), ("false", False)])
+def test_load_device_annotations(tmp_path: Path, value: str, expected: bool | None) -> None:
+    found = _load(tmp_path, f"accept-device-annotations = {value}")
+    assert (found.accept_device_annotations, found.warnings) == (expected, [])
+
+
+@pytest.mark.parametrize("value", ["1", "0", "'true'", "''", "'Auto'", "['auto']"])
+def test_load_device_annotations_that_are_neither(tmp_path: Path, value: str) -> None:
+    with pytest.raises(ConfigError, match='`accept-device-annotations` must be "auto", true or false, not '):
+        _load(tmp_path, f"accept-device-annotations = {value}")
+
+
+def test_load_no_way_to_ask_at_all(tmp_path: Path) -> None:
+    text = "accept-nvidia-visible-devices-envvar-when-unprivileged = false\naccept-device-annotations = false"
+    (warning,) = _load(tmp_path, text).warnings
+    assert ": no unprivileged container can ask for GPUs; set one of them to true" in warning
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        ("[]", ()),
+        ("['nvidia.cdi.k8s.io/']", ("nvidia.cdi.k8s.io/",)),
+        ("['cdi.k8s.io/', 'a.b/']", ("cdi.k8s.io/", "a.b/", "nvidia.cdi.k8s.io/")),
+    ],
+)
+def test_load_annotation_prefixes(tmp_path: Path, value: str, expected: tuple[str, ...]) -> None:
+    found = _load(tmp_path, f"[nvidia-container-runtime.modes.cdi]\nannotation-prefixes = {value}")
+    assert (found.annotation_prefixes, found.warnings) == (expected, [])
+
+
+def test_load_annotation_prefix_that_every_annotation_has(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="holds an empty prefix"):
+        _load(tmp_path, "nvidia-container-runtime.modes.cdi.annotation-prefixes = ['a/', '']")
 
 
 def test_load_only_mounts_ask(tmp_path: Path) -> None:

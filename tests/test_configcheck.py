@@ -61,7 +61,13 @@ DOCUMENTED: dict[str, object] = {
     "features.ignore-imex-channel-requests": False,
     "features.no-additional-gids-for-device-nodes": False,
 }
-OURS = {"nvhook.dev-root": "/", "nvhook.proc-root": "/", "nvhook.state-dir": "/run/nvhook", "nvhook.strict": False}
+OURS = {
+    "accept-device-annotations": "auto",
+    "nvhook.dev-root": "/",
+    "nvhook.proc-root": "/",
+    "nvhook.state-dir": "/run/nvhook",
+    "nvhook.strict": False,
+}
 
 
 # The schema
@@ -88,7 +94,7 @@ def test_schema_of_a_key(key: str) -> None:
     assert "Default: " in schema["description"]
     assert schema["honoured"] == (key in config._KEYS)
     name = {bool: "boolean", str: "string", list: "array"}[type(default)]
-    assert schema["type"] in (name, ["string", "array"])
+    assert schema["type"] in (name, ["string", "array"], ["string", "boolean"])
     assert not list(jsonschema.Draft202012Validator(schema).iter_errors(default))
     if key in config._WITHOUT_EFFECT:
         for value in config._WITHOUT_EFFECT[key]:
@@ -97,7 +103,7 @@ def test_schema_of_a_key(key: str) -> None:
         assert schema.get("enum") == (list(config._ALLOWED[key]) if key in config._ALLOWED else None)
 
 
-VALUES: list[object] = [True, 1, 1.5, "", "x", "auto", "info", "/x", "@/x", "all", [], ["runc"], [1], {}]
+VALUES: list[object] = [True, 1, 1.5, "", "x", "auto", "info", "/x", "@/x", "all", [], ["runc"], [1], {}, False, 0]
 
 
 @pytest.mark.parametrize("key", config._KEYS)

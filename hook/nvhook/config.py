@@ -22,6 +22,7 @@ _KEYS: dict[str, object] = {
     "swarm-resource": "",
     "accept-nvidia-visible-devices-envvar-when-unprivileged": True,
     "accept-nvidia-visible-devices-as-volume-mounts": False,
+    "accept-device-annotations": "auto",
     "supported-driver-capabilities": ",".join(CAPABILITIES),
     "nvidia-container-cli.root": "",
     "nvidia-container-cli.ldcache": "",
@@ -33,6 +34,7 @@ _KEYS: dict[str, object] = {
     "nvidia-container-runtime.log-level": "info",
     "nvidia-container-runtime.runtimes": ["runc", "crun"],
     "nvidia-container-runtime.mode": "auto",
+    "nvidia-container-runtime.modes.cdi.annotation-prefixes": ["cdi.k8s.io/"],
     "features.disable-imex-channel-creation": False,
     "features.ignore-imex-channel-requests": False,
     "nvidia-container-runtime.modes.legacy.cuda-compat-mode": "ldconfig",
@@ -53,7 +55,6 @@ _WITHOUT_EFFECT: dict[str, tuple[object, ...]] = {
     "nvidia-container-runtime.modes.csv.mount-spec-path": ("/etc/nvidia-container-runtime/host-files-for-container.d",),
     "nvidia-container-runtime.modes.csv.compat-container-root": ("",),
     "nvidia-container-runtime.modes.cdi.default-kind": ("nvidia.com/gpu",),
-    "nvidia-container-runtime.modes.cdi.annotation-prefixes": (["cdi.k8s.io/"],),
     "nvidia-container-runtime.modes.cdi.spec-dirs": (["/etc/cdi", "/var/run/cdi"],),
     "nvidia-container-runtime.modes.jit-cdi.nvcdi-feature-flags": ([],),
     "nvidia-container-runtime.modes.jit-cdi.nvcdi-disable-hooks": ([],),
@@ -73,6 +74,9 @@ _MODE = "nvidia-container-runtime.mode"
 _COMPAT_MODE = "nvidia-container-runtime.modes.legacy.cuda-compat-mode"
 _ENVVAR = "accept-nvidia-visible-devices-envvar-when-unprivileged"
 _MOUNTS = "accept-nvidia-visible-devices-as-volume-mounts"
+_ANNOTATIONS = "accept-device-annotations"
+_BY_ANNOTATION = "only by annotation can an unprivileged container"
+_PREFIXES = "nvidia-container-runtime.modes.cdi.annotation-prefixes"
 _LDCACHE = "nvidia-container-cli.ldcache"
 _MODES = ("auto", "legacy", "cdi", "jit-cdi", "csv")
 _COMPAT_MODES = ("disabled", "hook", "ldconfig", "mount")
@@ -82,11 +86,16 @@ _ASIDE = ".before-nvhook"  # packaging/deb/preinst
 
 
 class Config:
-    """The values that count, each checked; `path` is the file they came from, or empty for built-in defaults."""
+    """The values that count, each checked; `path` is the file they came from, or empty for built-in defaults.
+
+    accept_device_annotations   None for `auto`
+    """
 
     __slots__ = (
+        "accept_device_annotations",
         "accept_env_when_unprivileged",
         "accept_volume_mounts",
+        "annotation_prefixes",
         "cuda_compat",
         "dev_root",
         "disable_require",
@@ -118,6 +127,8 @@ class Config:
         self.swarm_resources = _names(values["swarm-resource"])
         self.accept_env_when_unprivileged = bool(values["accept-nvidia-visible-devices-envvar-when-unprivileged"])
         self.accept_volume_mounts = bool(values["accept-nvidia-visible-devices-as-volume-mounts"])
+        self.accept_device_annotations = None if values[_ANNOTATIONS] == "auto" else bool(values[_ANNOTATIONS])
+        self.annotation_prefixes = _prefixes(values[_PREFIXES])
         self.supported_capabilities = _capabilities(values["supported-driver-capabilities"], path)
         self.driver_root = str(values["nvidia-container-cli.root"]) or "/"
         self.ldcache = str(values["nvidia-container-cli.ldcache"]) or "/etc/ld.so.cache"
@@ -211,9 +222,8 @@ def remarks(items: list[tuple[str, object]], values: dict[str, object]) -> list[
         text = f"`{_COMPAT_MODE}` = `mount` is not honoured by nvhook, which mounts no file of an image"
         found.append((_COMPAT_MODE, f"{text}; `ldconfig` is in force"))
     if not values[_ENVVAR] and not values[_MOUNTS]:
-        text = (
-            f"`{_ENVVAR}` is false and so is `{_MOUNTS}`: only by annotation can an unprivileged container ask for GPUs"
-        )
+        who = "no unprivileged container can" if values[_ANNOTATIONS] is False else _BY_ANNOTATION
+        text = f"`{_ENVVAR}` is false and so is `{_MOUNTS}`: {who} ask for GPUs"
         found.append((_ENVVAR, f"{text}; set one of them to true"))
     root, cache = str(values["nvidia-container-cli.root"]).rstrip("/"), str(values[_LDCACHE])
     if root and f"{cache}/".startswith(f"{root}/"):
@@ -240,6 +250,10 @@ def _checked(key: str, value: object, path: str) -> object:
     default = _KEYS[key]
     if key in ("swarm-resource", "supported-driver-capabilities") and isinstance(value, list):
         value = ",".join(str(item) for item in value)  # both spellings are seen in the field
+    if key == _ANNOTATIONS:  # the one key of two types
+        if value == "auto" or isinstance(value, bool):
+            return value
+        raise ConfigError(f'`{path}`: `{key}` must be "auto", true or false, not `{value}`')
     if type(value) is not type(default) or (
         isinstance(value, list) and not all(isinstance(item, str) for item in value)
     ):
@@ -248,7 +262,9 @@ def _checked(key: str, value: object, path: str) -> object:
         raise ConfigError(f"`{path}`: `{key}` holds a NUL character")
     allowed = _ALLOWED.get(key)
     if allowed and value not in allowed:
-        raise ConfigError(f"`{path}`: unknown value `{value}` for `{key}`", f"one of {', '.join(allowed)}")
+        raise ConfigError(f"`{path}`: unknown value `{value}` for `{key}`", f"one of {', '.join(map(str, allowed))}")
+    if key == _PREFIXES and isinstance(value, list) and not all(item.strip() for item in value):
+        raise ConfigError(f"`{path}`: `{key}` holds an empty prefix, which every annotation has", "take it out")
     is_path = key in _PATHS or (key == "nvidia-container-cli.root" and value)
     if is_path and not os.path.isabs(str(value)):
         raise ConfigError(f"`{path}`: `{key}` must be an absolute path, not `{value}`")
@@ -281,7 +297,8 @@ def refusal(key: str, value: object, path: str) -> ConfigError | None:
 
 _PATHS = ("nvhook.dev-root", "nvhook.proc-root", "nvhook.state-dir")
 _TYPES = {bool: "true or false", str: "a string", list: "a list of strings"}
-_ALLOWED = {
+_ALLOWED: dict[str, tuple[object, ...]] = {
+    _ANNOTATIONS: ("auto", True, False),
     "nvidia-container-runtime.mode": _MODES,
     "nvidia-container-runtime.log-level": _LOG_LEVELS,
     _COMPAT_MODE: _COMPAT_MODES,
@@ -291,6 +308,12 @@ _ALLOWED = {
 def _names(value: object) -> tuple[str, ...]:
     items = value if isinstance(value, list) else str(value).split(",")
     return tuple(item.strip() for item in items if item.strip())
+
+
+def _prefixes(value: object) -> tuple[str, ...]:
+    """`cdi.k8s.io/` brings NVIDIA's own `nvidia.cdi.k8s.io/` along, which the GPU Operator's device plugin writes."""
+    names = _names(value)
+    return (*names, "nvidia.cdi.k8s.io/") if "cdi.k8s.io/" in names else names
 
 
 def _capabilities(value: object, path: str) -> tuple[str, ...]:
