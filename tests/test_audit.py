@@ -99,7 +99,15 @@ def test_grant(host: Host) -> None:
         pytest.param(_spec(ALL), "", "NVIDIA_VISIBLE_DEVICES", id="variable"),
         pytest.param(_spec({"CUDA_VERSION": "8.0"}), "", "CUDA_VERSION", id="old-image"),
         pytest.param(_spec({"GPU": "0"}), "swarm-resource = 'GPU'", "GPU", id="swarm"),
-        pytest.param(_spec({}, annotations={"cdi.k8s.io/a": "nvidia.com/gpu=0"}), "", "annotations", id="annotation"),
+        pytest.param(
+            _spec({}, annotations={"cdi.k8s.io/a": "nvidia.com/gpu=0"}), "", "annotations cdi.k8s.io/a", id="annotation"
+        ),
+        pytest.param(
+            _spec({}, annotations={"nvidia.cdi.k8s.io/b": "nvidia.com/gpu=0", "cdi.k8s.io/a": "nvidia.com/gpu=0"}),
+            "",
+            "annotations cdi.k8s.io/a, nvidia.cdi.k8s.io/b",
+            id="annotations",
+        ),
         pytest.param(
             _spec({}, mounts=[("/dev/null", "/var/run/nvidia-container-devices/0")]),
             "accept-nvidia-visible-devices-as-volume-mounts = true",

@@ -212,29 +212,61 @@ def test_devices_of_mounts_source(settings: Path, source: str, expected: tuple[s
     assert expected == _devices(request.read(described, config.load(str(settings))))
 
 
+X, N = "cdi.k8s.io/x", "nvidia.cdi.k8s.io/x"
+
+
 @pytest.mark.parametrize(
     ("annotations", "expected", "origin"),
     [
-        pytest.param({"cdi.k8s.io/x": "nvidia.com/gpu=0"}, ("0",), "annotations", id="one"),
-        pytest.param(
-            {"cdi.k8s.io/x": "nvidia.com/gpu=0, nvidia.com/gpu=GPU-5"}, ("0", "GPU-5"), "annotations", id="two"
-        ),
-        pytest.param({"cdi.k8s.io/x": "nvidia.com/gpu=all"}, ("all",), "annotations", id="all"),
+        pytest.param({X: "nvidia.com/gpu=0"}, ("0",), f"annotations {X}", id="one"),
+        pytest.param({X: "nvidia.com/gpu=0, nvidia.com/gpu=GPU-5"}, ("0", "GPU-5"), f"annotations {X}", id="two"),
+        pytest.param({X: "nvidia.com/gpu=all"}, ("all",), f"annotations {X}", id="all"),
+        pytest.param({X: "nvidia.com/gpu=all,nvidia.com/gpu=all"}, ("all",), f"annotations {X}", id="all-twice"),
+        pytest.param({X: "nvidia.com/gpu=none"}, ("none",), f"annotations {X}", id="none-of-them"),
         pytest.param(
             {"cdi.k8s.io/b": "nvidia.com/gpu=1", "cdi.k8s.io/a": "nvidia.com/gpu=0"},
             ("0", "1"),
-            "annotations",
+            "annotations cdi.k8s.io/a, cdi.k8s.io/b",
             id="keys-sorted",
         ),
+        pytest.param({X: "vendor.com/net=7,nvidia.com/gpu=0"}, ("0",), f"annotations {X}", id="beside-another-vendor"),
+        pytest.param({X: "vendor.com/net=7"}, ("9",), DEVICES, id="another-vendor-alone"),
+        pytest.param({X: ""}, ("9",), DEVICES, id="empty"),
+        pytest.param({X: "nvidia.com/gpu=0,"}, ("0",), f"annotations {X}", id="comma-at-the-end"),
+        pytest.param({N: "nvidia.com/gpu=0"}, ("0",), f"annotations {N}", id="key-of-the-operator"),
         pytest.param(
-            {"cdi.k8s.io/x": "vendor.com/net=7,nvidia.com/gpu=0"}, ("0",), "annotations", id="beside-another-vendor"
+            {"nvidia.cdi.k8s.io": "nvidia.com/gpu=0"}, ("0",), "annotations nvidia.cdi.k8s.io", id="key-alone"
         ),
-        pytest.param({"cdi.k8s.io/x": "vendor.com/net=7"}, ("9",), DEVICES, id="another-vendor-alone"),
-        pytest.param({"cdi.k8s.io/x": "0"}, ("9",), DEVICES, id="unqualified"),
-        pytest.param({"cdi.k8s.io/x": "nvidia.com/gpu=0,1"}, ("9",), DEVICES, id="one-unqualified"),
-        pytest.param({"cdi.k8s.io/x": "nvidia.com/gpu="}, ("9",), DEVICES, id="no-device"),
-        pytest.param({"cdi.k8s.io/x": ""}, ("9",), DEVICES, id="empty"),
-        pytest.param({"else/x": "nvidia.com/gpu=0"}, ("9",), DEVICES, id="another-key"),
+        pytest.param({X: "k8s.device-plugin.nvidia.com/gpu=GPU-5"}, ("GPU-5",), f"annotations {X}", id="device-plugin"),
+        pytest.param({X: "runtime.nvidia.com/gpu=1"}, ("1",), f"annotations {X}", id="runtime"),
+        pytest.param({X: "nvidia.com/gpu=0:1"}, ("0:1",), f"annotations {X}", id="mig-by-index"),
+        pytest.param({X: "nvidia.com/mig=0:1,nvidia.com/mig=MIG-7a"}, ("0:1", "MIG-7a"), f"annotations {X}", id="mig"),
+        pytest.param(
+            {"nvidia.cdi.k8s.io/container.b": "nvidia.com/gpu=all", "io.kubernetes.cri.container-name": "a"},
+            ("9",),
+            DEVICES,
+            id="of-another-container",
+        ),
+        pytest.param(
+            {"nvidia.cdi.k8s.io/container.b": "nvidia.com/gpu=all", "io.kubernetes.cri.container-type": "sandbox"},
+            ("9",),
+            DEVICES,
+            id="of-a-container-in-the-sandbox",
+        ),
+        pytest.param(
+            {"nvidia.cdi.k8s.io/container.b": "nvidia.com/gpu=1"},
+            ("1",),
+            "annotations nvidia.cdi.k8s.io/container.b",
+            id="of-a-container-without-a-pod",
+        ),
+        pytest.param(
+            {"nvidia.cdi.k8s.io/container.b": "nvidia.com/gpu=1", "io.kubernetes.container.name": "b"},
+            ("1",),
+            "annotations nvidia.cdi.k8s.io/container.b",
+            id="of-this-container",
+        ),
+        pytest.param({"else/x": "gpus: nvidia.com/gpu=0"}, ("9",), DEVICES, id="text-that-is-no-list"),
+        pytest.param({"else/x": "cpu=4,nvidia.com/gpu=2"}, ("9",), DEVICES, id="amounts-of-resources"),
         pytest.param({}, ("9",), DEVICES, id="none"),
     ],
 )
@@ -244,6 +276,30 @@ def test_devices_of_annotations(
     found = _ask(settings, {DEVICES: "9"}, annotations=annotations)
     assert found is not None
     assert (expected, origin) == (found.devices, found.origin)
+
+
+@pytest.mark.parametrize(
+    ("prefixes", "key", "is_read"),
+    [
+        (["example.com/"], "example.com/x", True),
+        (["example.com/"], X, False),
+        (["example.com/"], N, False),
+        (["nvidia.cdi.k8s.io/"], N, True),
+        (["nvidia.cdi.k8s.io/"], X, False),
+        (["cdi.k8s.io/"], N, True),
+        (["cdi.k8s.io/", "example.com/gpu"], "example.com/gpus", True),
+        ([], X, False),
+    ],
+)
+def test_annotation_prefixes(settings: Path, prefixes: list[str], key: str, is_read: bool) -> None:
+    text = f"nvidia-container-runtime.modes.cdi.annotation-prefixes = {prefixes}"
+    if is_read:
+        assert _devices(_ask(settings, {DEVICES: "all"}, text=text, annotations={key: "nvidia.com/gpu=0"})) == ("0",)
+        return
+    with pytest.raises(RequestError) as raised:
+        _ask(settings, {DEVICES: "all"}, text=text, annotations={key: "nvidia.com/gpu=0"})
+    assert f"`{key}`=`nvidia.com/gpu=0` names devices under a key that is not read" in str(raised.value)
+    assert f"`annotation-prefixes` in config.toml has {', '.join(prefixes) or 'none'}" in str(raised.value)
 
 
 def test_devices_of_annotations_come_before_mounts(settings: Path) -> None:

@@ -145,6 +145,7 @@ def test_parse_minimal() -> None:
         "privileged": False,
         "rootfs": "/b/rootfs",
         "device_rules": [],
+        "cdi_injected": False,
     }
     assert _record(spec.parse(MINIMAL, "/b")) == expected
 
@@ -166,6 +167,7 @@ def test_parse_everything() -> None:
         "privileged": True,
         "rootfs": "/abs/rootfs",
         "device_rules": rules,
+        "cdi_injected": False,
     }
     assert _record(spec.parse(config, "/b")) == expected
 
@@ -182,6 +184,7 @@ def test_parse_everything() -> None:
         pytest.param([""], {}, id="empty-entry"),
         pytest.param(["A=1", "A=2"], {"A": "2"}, id="last-wins"),
         pytest.param(["A=1", "A"], {"A": "1"}, id="without-equals-takes-nothing-away"),
+        pytest.param(["A*", "*", "=x", "A=1"], {"": "x", "A": "1"}, id="asterisk-and-no-name"),
     ],
 )
 def test_parse_env(env: object, expected: dict[str, str]) -> None:
@@ -218,6 +221,7 @@ def test_parse_privileged(capabilities: object, expected: bool) -> None:
         pytest.param({"process": {"env": "A=1"}}, "`process.env` is not a list of strings", id="env-text"),
         pytest.param({"process": {"env": {"A": "1"}}}, "`process.env` is not a list of strings", id="env-object"),
         pytest.param({"process": {"env": ["A=1", 2]}}, "`process.env` is not a list of strings", id="env-number"),
+        pytest.param({"process": {"env": ["A=1\0,2"]}}, "`process.env` holds a NUL character", id="env-nul"),
         pytest.param({"process": {"capabilities": "all"}}, "`process.capabilities` is not a list", id="caps-text"),
         pytest.param(
             {"process": {"capabilities": {"bounding": [1]}}}, "`process.capabilities` is not a list", id="caps-number"
@@ -233,6 +237,7 @@ def test_parse_privileged(capabilities: object, expected: bool) -> None:
             "`linux.resources.devices` is not a list of objects",
             id="rules-number",
         ),
+        pytest.param({"linux": {"devices": [7]}}, "`linux.devices` is not a list of objects", id="nodes-number"),
     ],
 )
 def test_parse_refused(change: dict[str, Any], message: str) -> None:

@@ -5,31 +5,33 @@ The rules are NVIDIA's (NVIDIA Container Toolkit, image model), so that an image
 host is looked at: whether the devices exist is gpus.py's question.
 
 Where a device list comes from, the first that has one wins:
-    annotations   `cdi.k8s.io/*`, when every name in them is fully qualified (nvidia.com/gpu=0);
-                  those of an unprivileged container of Podman's only if config.toml accepts its variables
+    annotations   under `annotation-prefixes`, what they name of NVIDIA's (nvidia.com/gpu=0), as far as
+                  `accept-device-annotations` of config.toml trusts them
     mounts        /dev/null onto /var/run/nvidia-container-devices/<device>, if config.toml accepts them
     environment   the variables of `swarm-resource` that are set, else NVIDIA_VISIBLE_DEVICES; of an unprivileged
                   container only if config.toml accepts that
+
+A request never widens: a list that wins and is not understood stops the start, and one that the policy drops gives
+nothing. The next source is not asked in its place. A container that has its devices by CDI already gets nothing more.
 """
 
 from __future__ import annotations
 
 import posixpath
 
+from . import device_list
 from .config import CAPABILITIES, Config
 from .errors import RequestError
 from .spec import Spec
 
 DEFAULT_CAPABILITIES = ("compute", "utility")
 VOLUME_ROOT = "/var/run/nvidia-container-devices/"
-_ANNOTATION_PREFIX = "cdi.k8s.io/"
-_ANNOTATIONS, _MOUNTS = "annotations", "volume mounts"
+ANNOTATIONS, MOUNTS = "annotations", "volume mounts"
 _MAX_CHANNEL = (1 << 20) - 1  # a minor number has 20 bits
 _MAX_DEVICES = 1024
 _MAX_CHANNELS = 2048  # that the driver has, unless its administrator says otherwise
 # NVIDIA_<name>=enabled
 FEATURES = ("gds", "mofed", "gdrcopy", "nvswitch")
-_OUR_KINDS = ("nvidia.com/gpu=", "runtime.nvidia.com/gpu=")
 _TRUE = ("1", "t", "T", "TRUE", "true", "True")  # Go's strconv.ParseBool, which images were written for
 
 
@@ -93,9 +95,9 @@ class Request:
 def read(spec: Spec, config: Config, warnings: list[str] | None = None) -> Request | None:
     """The request in `spec`, or None for a container that asks for nothing.
 
-    A request that the policy drops is named in `warnings`. Raises RequestError for an unknown capability, one that
-    config.toml does not support, a CUDA_VERSION that is no version, an IMEX channel that is none, and a right to MIG
-    that the container may not have.
+    A request that is dropped is named in `warnings`. Raises RequestError for a device list that is not understood, an
+    unknown capability, one that config.toml does not support, a CUDA_VERSION that is no version, an IMEX channel that
+    is none, and a right to MIG that the container may not have.
     """
     warnings = warnings if warnings is not None else []
     devices, origin = _devices(spec, config, warnings)
@@ -115,56 +117,69 @@ def read(spec: Spec, config: Config, warnings: list[str] | None = None) -> Reque
 
 
 def _devices(spec: Spec, config: Config, warnings: list[str]) -> tuple[tuple[str, ...], str]:
-    devices, source = _found(spec, config)
-    names = _normalised(devices)
-    if names and not _is_of_the_engine(source, spec) and not (spec.privileged or config.accept_env_when_unprivileged):
-        warnings.append(f"{source} of an unprivileged container is ignored, as config.toml says")
+    lists = device_list.annotated(spec.annotations, config.annotation_prefixes)
+    names, source = _found(lists, spec, config)
+    if not names or (not lists and "void" in names):
         return (), ""
-    return names, source
-
-
-def _is_of_the_engine(source: str, spec: Spec) -> bool:
-    """Whether no image can have written it. Older Podmans pass an image's annotations on, and set this one last."""
-    if source == _ANNOTATIONS:
-        return spec.annotations.get("io.container.manager") != "libpod"
-    return source == _MOUNTS
+    if spec.cdi_injected and lists:
+        return (), ""  # what the annotations name is what the engine has injected
+    dropped = _why_dropped(lists, source, spec, config)
+    if dropped:
+        warnings.append(dropped)
+        return (), ""
+    if lists:
+        return _decided(_of_annotations(lists, spec, config)), source
+    stray = device_list.stray(spec.annotations, config.annotation_prefixes)
+    if stray:
+        raise device_list.unread(stray, spec.annotations[stray], config.annotation_prefixes)
+    return _decided([device_list.plain(name, source, privileged=spec.privileged) for name in names]), source
 
 
 def origin(spec: Spec, config: Config) -> str:
     """Where the device list comes from, whatever becomes of it; empty where there is none."""
-    devices, source = _found(spec, config)
-    return source if devices else ""
+    names, source = _found(device_list.annotated(spec.annotations, config.annotation_prefixes), spec, config)
+    return source if names else ""
 
 
-def _found(spec: Spec, config: Config) -> tuple[list[str], str]:
+def _found(lists: dict[str, list[str]], spec: Spec, config: Config) -> tuple[list[str], str]:
     """The devices as written, and where."""
-    devices = _from_annotations(spec.annotations)
-    if devices:
-        return devices, _ANNOTATIONS
+    if lists:
+        return [name for names in lists.values() for name in names], f"{ANNOTATIONS} {', '.join(lists)}"
     if config.accept_volume_mounts:
         devices = [name for name in _from_mounts(spec.mounts) if not name.startswith("imex/")]
         if devices:
-            return devices, _MOUNTS
+            return devices, MOUNTS
     return _from_env(spec.env, config)
 
 
-def _from_annotations(annotations: dict[str, str]) -> list[str]:
-    names = [
-        name.strip()
-        for key in sorted(annotations)
-        if key.startswith(_ANNOTATION_PREFIX)
-        for name in annotations[key].split(",")
-        if name.strip()
-    ]
-    if not all(_is_qualified(name) for name in names):
-        return []
-    return [name for name in names if name.startswith(_OUR_KINDS)]  # other vendors' are the engine's business
+def _why_dropped(lists: dict[str, list[str]], source: str, spec: Spec, config: Config) -> str:
+    """Why this request gives nothing, for a warning; empty for one that counts."""
+    if spec.cdi_injected:
+        return f"{source} ignored: the engine has injected the container's devices by CDI already"
+    if lists and config.accept_device_annotations is False:
+        return f"{source} ignored: `accept-device-annotations` in config.toml is false"
+    is_trusted = trusts_annotations(spec, config) if lists else source == MOUNTS
+    if is_trusted or spec.privileged or config.accept_env_when_unprivileged:
+        return ""
+    why = f"{source} of an unprivileged container is ignored, as config.toml says"
+    return f"{why}; `accept-device-annotations = true` trusts what this engine passes on" if lists else why
 
 
-def _is_qualified(name: str) -> bool:
-    kind, equals, device = name.partition("=")
-    vendor, slash, class_name = kind.partition("/")
-    return bool(vendor and slash and class_name and equals and device)
+def trusts_annotations(spec: Spec, config: Config) -> bool:
+    """Whether they count whatever the policy for variables is; else they count as variables do, or not at all."""
+    if config.accept_device_annotations is None:
+        return not device_list.passes_on(spec.annotations)
+    return config.accept_device_annotations
+
+
+def _of_annotations(lists: dict[str, list[str]], spec: Spec, config: Config) -> list[str]:
+    found = []
+    for key, names in lists.items():
+        if not device_list.is_read(key, config.annotation_prefixes):
+            raise device_list.unread(key, spec.annotations[key], config.annotation_prefixes)
+        place = device_list.quoted(key, spec.annotations[key])
+        found += [device_list.plain(name, place, privileged=spec.privileged, must_be_cdi=True) for name in names]
+    return found
 
 
 def _imex_channels(spec: Spec, config: Config, warnings: list[str]) -> tuple[int, ...]:
@@ -218,10 +233,10 @@ def _from_mounts(mounts: list[tuple[str, str]]) -> list[str]:
         if posixpath.normpath(source) != "/dev/null" or not place.startswith(VOLUME_ROOT):
             continue
         device = place[len(VOLUME_ROOT) :]
-        if device.startswith("cdi/"):
-            device = device[len("cdi/") :]
-            if "=" not in device:  # both spellings are known: vendor/class/device and vendor/class=device
-                device = "=".join(device.rsplit("/", 1))
+        # Both spellings are known: cdi/vendor/class/device and cdi/vendor/class=device. Others stay unknown devices.
+        parts = device.replace("=", "/", 1).split("/")
+        if parts[0] == "cdi" and len(parts) == 4 and all(parts):
+            device = f"{parts[1]}/{parts[2]}={parts[3]}"
         devices.append(device)
     return devices
 
@@ -235,19 +250,15 @@ def _from_env(env: dict[str, str], config: Config) -> tuple[list[str], str]:
     return [token for token in tokens if token], label
 
 
-def _normalised(devices: list[str]) -> tuple[str, ...]:
-    """Once each, our CDI kinds taken off; `void` anywhere cancels, the first of `all` and `none` decides."""
-    if "void" in devices:
-        return ()
-    names = []
-    for device in devices:
-        name = device
-        for kind in _OUR_KINDS:
-            name = name.removeprefix(kind)
-        if name in ("all", "none"):
-            return (name,)
-        names.append(name)
+def _decided(names: list[str]) -> tuple[str, ...]:
+    """Once each; the first of `all` and `none` decides, but not for a device of another vendor, which we have not."""
     found = tuple(dict.fromkeys(names))
+    total = next((name for name in found if name in ("all", "none")), "")
+    if total:
+        unknown = next((name for name in found if "=" in name or name.startswith("cdi/")), "")
+        if unknown:
+            raise RequestError(f"unknown device `{unknown}` is asked for beside `{total}`", "leave it out")
+        return (total,)
     if len(found) > _MAX_DEVICES:
         raise RequestError(f"{len(found)} devices are asked for, more than {_MAX_DEVICES}", "ask for `all`")
     return found

@@ -14,6 +14,9 @@ from .errors import SpecError, reason
 
 _MAX_STATE = 1 << 20
 _MAX_CONFIG = 8 << 20  # an image's environment is in it, and takes tenfold as a record
+# (program, first argument) of hooks in CDI specifications, besides NVIDIA's nvidia-cdi-hook
+_CDI_HOOKS = (("nvidia-ctk", "hook"), ("nvidia-container-runtime-hook", "cdi"))
+_LIBRARIES = ("libcuda.so", "libnvidia-ml.so", "libdxcore.so")
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -42,9 +45,10 @@ class Spec:
     privileged     CAP_SYS_ADMIN is in the bounding set (NVIDIA's definition)
     rootfs         absolute path of the root filesystem on the host
     device_rules   linux.resources.devices, in order: the last that matches an access decides
+    cdi_injected   the engine has applied a CDI specification of NVIDIA's devices: the container has them already
     """
 
-    __slots__ = ("annotations", "device_rules", "env", "mounts", "privileged", "rootfs")
+    __slots__ = ("annotations", "cdi_injected", "device_rules", "env", "mounts", "privileged", "rootfs")
 
     def __init__(
         self,
@@ -55,6 +59,7 @@ class Spec:
         privileged: bool,
         rootfs: str,
         device_rules: list[Json],
+        cdi_injected: bool = False,
     ) -> None:
         self.env = env
         self.mounts = mounts
@@ -62,6 +67,7 @@ class Spec:
         self.privileged = privileged
         self.rootfs = rootfs
         self.device_rules = device_rules
+        self.cdi_injected = cdi_injected
 
     def allows(self, major: int, minor: int) -> bool:
         """Whether the rules in the spec already let the container open this character device for `rw`."""
@@ -152,18 +158,51 @@ def parse(config: Json, bundle: str) -> Spec:
     rootfs = root.get("path")
     if not isinstance(rootfs, str) or not rootfs:
         raise SpecError(f"`{path}`: `root.path` is missing")
-    resources = _object(_object(config, "linux", path, optional=True), "resources", path, optional=True)
+    linux = _object(config, "linux", path, optional=True)
+    resources = _object(linux, "resources", path, optional=True)
+    env = _env(process.get("env"), path)
+    mounts = [
+        (str(mount.get("source") or ""), str(mount.get("destination") or ""))
+        for mount in _objects(config.get("mounts"), "mounts", path)
+    ]
+    # A rootless engine cannot make device nodes, and mounts them.
+    paths = [str(node.get("path")) for node in _objects(linux.get("devices"), "linux.devices", path)]
+    paths += [destination for _, destination in mounts]
+    privileged = "CAP_SYS_ADMIN" in _bounding_set(process.get("capabilities"), path)
     return Spec(
-        env=_env(process.get("env"), path),
-        mounts=[
-            (str(mount.get("source") or ""), str(mount.get("destination") or ""))
-            for mount in _objects(config.get("mounts"), "mounts", path)
-        ],
+        env=env,
+        mounts=mounts,
         annotations=_strings(_object(config, "annotations", path, optional=True), path),
-        privileged="CAP_SYS_ADMIN" in _bounding_set(process.get("capabilities"), path),
+        privileged=privileged,
         rootfs=os.path.normpath(os.path.join(os.path.abspath(bundle), rootfs)),
         device_rules=_objects(resources.get("devices"), "linux.resources.devices", path),
+        cdi_injected=_has_cdi_hook(config) or _has_cdi_edits(paths, env, privileged=privileged),
     )
+
+
+def _has_cdi_hook(config: Json) -> bool:
+    """One of those in CDI specifications of NVIDIA's devices: NVIDIA's own, or ours. No image can write one."""
+    hooks = config.get("hooks")
+    stages = hooks.values() if isinstance(hooks, dict) else ()
+    for hook in (hook for stage in stages if isinstance(stage, list) for hook in stage if isinstance(hook, dict)):
+        arguments = hook.get("args")
+        command = arguments[1] if isinstance(arguments, list) and len(arguments) > 1 else ""
+        program = os.path.basename(str(hook.get("path")))
+        if program == "nvidia-cdi-hook" or (program, command) in _CDI_HOOKS:
+            return True
+    return False
+
+
+def _has_cdi_edits(paths: list[str], env: dict[str, str], *, privileged: bool) -> bool:
+    """What a specification without hooks leaves: device nodes, and the variable `void` or libraries of the driver.
+
+    Nodes alone say nothing: k8s-device-plugin adds them for our sake, and a privileged container has all of the host's.
+    """
+    if not any(path == "/dev/dxg" or path.startswith("/dev/nvidia") for path in paths):
+        return False
+    if env.get("NVIDIA_VISIBLE_DEVICES") == "void":
+        return True
+    return not privileged and any(path.rpartition("/")[2].startswith(_LIBRARIES) for path in paths)
 
 
 def _object(parent: Json, key: str, path: str, *, optional: bool = False) -> Json:
@@ -199,6 +238,10 @@ def _env(value: object, path: str) -> dict[str, str]:
         return {}
     if not _is_strings(value):
         raise SpecError(f"`{path}`: `process.env` is not a list of strings")
+    if any("\0" in item for item in value):  # a program would see what is before it, as runc says when it refuses one
+        raise SpecError(f"`{path}`: `process.env` holds a NUL character")
+    # An entry without `=` is no variable, and takes none away. It has no value that could be looked up on the host
+    # either, which is what Podman did (CVE-2026-57231); and a `*` is a character of a name like any other.
     pairs = (item.partition("=") for item in value)
     return {name: content for name, equals, content in pairs if equals}
 

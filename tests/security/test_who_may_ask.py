@@ -84,8 +84,6 @@ NOTHING: list[tuple[str, str, dict[str, str], dict[str, Any]]] = [
     ("mount-that-climbs-out", REFUSE + MOUNTS, EVERYTHING, {"mounts": _null("../nvidia/0", "..")}),
     ("imex-mount-alone", REFUSE + MOUNTS, EVERYTHING, {"mounts": _null("imex/0")}),
     ("annotation-of-another-vendor", REFUSE, EVERYTHING, {"annotations": {"cdi.k8s.io/a": "example.com/gpu=0"}}),
-    ("annotation-not-qualified", REFUSE, EVERYTHING, {"annotations": {"cdi.k8s.io/a": "0,nvidia.com/gpu=0"}}),
-    ("annotation-of-another-name", REFUSE, EVERYTHING, {"annotations": {"x.cdi.k8s.io/a": "nvidia.com/gpu=0"}}),
     (
         "annotation-of-an-image-that-podman-passes-on",
         REFUSE,

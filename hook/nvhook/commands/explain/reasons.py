@@ -7,7 +7,7 @@ from __future__ import annotations
 import os
 import posixpath
 
-from nvhook import discovery, request
+from nvhook import device_list, discovery, request
 from nvhook.edits import Device, Edit, File, Mount, Symlink, Tmpfs
 from nvhook.linkercache import Ldcache
 
@@ -22,8 +22,10 @@ if TYPE_CHECKING:
 
 _ACCEPT_ENV = "accept-nvidia-visible-devices-envvar-when-unprivileged"
 _ACCEPT_MOUNTS = "accept-nvidia-visible-devices-as-volume-mounts"
+_ACCEPT_ANNOTATIONS = "accept-device-annotations"
 _VISIBLE = "NVIDIA_VISIBLE_DEVICES"
 _PROC = "/proc/driver/nvidia"
+_INJECTED = "the engine has injected the container's devices by CDI"
 
 
 class Source:
@@ -44,15 +46,16 @@ class Source:
 def sources(described: Spec, config: Config, origin_of: Callable[[str], str]) -> list[Source]:
     """Everything in `described` that nvhook looks at. `origin_of`: who has set a variable."""
     winner = request.origin(described, config)
+    asking = device_list.annotated(described.annotations, config.annotation_prefixes)
     found = [
-        Source(key, value, "annotation", _device_rule("annotations", winner, described, config))
+        Source(key, value, "annotation", _annotation_rule(key, key in asking, described, config))
         for key, value in sorted(described.annotations.items())
-        if key.startswith("cdi.k8s.io/")
+        if device_list.is_key(key, config.annotation_prefixes)
     ]
     for source, destination in described.mounts:
         place = posixpath.normpath(destination)
         if posixpath.normpath(source) == "/dev/null" and place.startswith(request.VOLUME_ROOT):
-            rule = _device_rule("volume mounts", winner, described, config)
+            rule = _device_rule(request.MOUNTS, winner, described, config)
             if place.startswith(f"{request.VOLUME_ROOT}imex/"):
                 rule = f"{_ACCEPT_MOUNTS} = {_toml(config.accept_volume_mounts)}; {_imex_rule(config)}"
             found.append(Source(place, source, "volume mount", rule))
@@ -86,16 +89,36 @@ def _variable_rule(name: str, winner: str, described: Spec, config: Config) -> s
     return rules.get(name, "")
 
 
+def _annotation_rule(key: str, is_asking: bool, described: Spec, config: Config) -> str:
+    """Why a list in an annotation counts, or why not."""
+    if not is_asking:
+        return "names no device of NVIDIA's for this container"
+    if described.cdi_injected:
+        return _INJECTED
+    if config.accept_device_annotations is False:
+        return f"not used: {_ACCEPT_ANNOTATIONS} = false"
+    if not device_list.is_read(key, config.annotation_prefixes):
+        return f"refused: annotation-prefixes = [{', '.join(map(_toml, config.annotation_prefixes))}]"
+    if not request.trusts_annotations(described, config):
+        return _variable_policy(described, config)
+    is_set = config.accept_device_annotations is not None
+    return f"{_ACCEPT_ANNOTATIONS} = true" if is_set else "an annotation is the engine's, and comes first"
+
+
 def _device_rule(kind: str, winner: str, described: Spec, config: Config) -> str:
-    """Why the device list of this kind counts, or why not."""
-    if kind == "volume mounts" and not config.accept_volume_mounts:
+    """Why the mounts or the variable of this name count, or why not."""
+    if kind == request.MOUNTS and not config.accept_volume_mounts:
         return f"not used: {_ACCEPT_MOUNTS} = false"
     if kind not in winner.split(", ") and kind != winner:
         return _passed_over(kind, winner, config)
-    if kind == "volume mounts":
+    if described.cdi_injected:
+        return f"not used: {_INJECTED}"
+    if kind == request.MOUNTS:
         return f"{_ACCEPT_MOUNTS} = true"
-    if kind == "annotations" and described.annotations.get("io.container.manager") != "libpod":
-        return "an annotation is the engine's, and comes first"
+    return _variable_policy(described, config)
+
+
+def _variable_policy(described: Spec, config: Config) -> str:
     if described.privileged:
         return "privileged container: no key decides"
     rule = f"{_ACCEPT_ENV} = {_toml(config.accept_env_when_unprivileged)}"
@@ -105,7 +128,8 @@ def _device_rule(kind: str, winner: str, described: Spec, config: Config) -> str
 def _passed_over(kind: str, winner: str, config: Config) -> str:
     if kind == _VISIBLE and winner and set(winner.split(", ")) <= set(config.swarm_resources):
         return f"not used: swarm-resource = {_toml(','.join(config.swarm_resources))}"
-    return f"not used: {winner} come first" if winner else "names no device"
+    first = request.ANNOTATIONS if winner.startswith(f"{request.ANNOTATIONS} ") else winner
+    return f"not used: {first} come first" if winner else "names no device"
 
 
 def _imex_rule(config: Config) -> str:
