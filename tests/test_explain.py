@@ -72,7 +72,12 @@ def _why(document: dict[str, Any]) -> dict[str, str]:
 
 
 def _spec(
-    env: str = "", *, mounts: str = "", annotations: dict[str, str] | None = None, privileged: bool = False
+    env: str = "",
+    *,
+    mounts: str = "",
+    annotations: dict[str, str] | None = None,
+    privileged: bool = False,
+    cdi_injected: bool = False,
 ) -> Spec:
     pairs = (item.partition("=")[::2] for item in env.split())
     return Spec(
@@ -82,6 +87,7 @@ def _spec(
         privileged=privileged,
         rootfs="/",
         device_rules=[],
+        cdi_injected=cdi_injected,
     )
 
 
@@ -131,6 +137,39 @@ VOLUMES = "accept-nvidia-visible-devices-as-volume-mounts"
             f"{ENV} = false",
             [f"not used: {ENV} = false"],
             id="annotation-of-podman",
+        ),
+        pytest.param(
+            _spec("NVIDIA_VISIBLE_DEVICES=1", annotations={"nvidia.cdi.k8s.io/x": "nvidia.com/gpu=0"}),
+            "accept-device-annotations = false",
+            ["not used: accept-device-annotations = false", "not used: annotations come first"],
+            id="annotation-off",
+        ),
+        pytest.param(
+            _spec(annotations={"cdi.k8s.io/x": "nvidia.com/gpu=0", "io.kubernetes.cri.container-name": "a"}),
+            f"accept-device-annotations = true\n{ENV} = false",
+            ["accept-device-annotations = true"],
+            id="annotation-on",
+        ),
+        pytest.param(
+            _spec(annotations={"x.cdi.k8s.io/x": "nvidia.com/gpu=0", "cdi.k8s.io/y": "vendor.com/net=0"}),
+            "",
+            [
+                "names no device of NVIDIA's for this container",
+                'refused: annotation-prefixes = ["cdi.k8s.io/", "nvidia.cdi.k8s.io/"]',
+            ],
+            id="annotation-not-read",
+        ),
+        pytest.param(
+            _spec("NVIDIA_VISIBLE_DEVICES=all", cdi_injected=True),
+            "",
+            ["not used: the engine has injected the container's devices by CDI"],
+            id="injected",
+        ),
+        pytest.param(
+            _spec("NVIDIA_VISIBLE_DEVICES=all", annotations={"cdi.k8s.io/x": "nvidia.com/gpu=0"}, cdi_injected=True),
+            "",
+            ["the engine has injected the container's devices by CDI", "not used: annotations come first"],
+            id="annotation-injected",
         ),
         pytest.param(
             _spec("NVIDIA_DRIVER_CAPABILITIES=all NVIDIA_REQUIRE_CUDA=cuda>=12.0"),
@@ -387,6 +426,32 @@ def test_line_with_a_cdi_device(call: Callable[..., tuple[int, str, str]]) -> No
     words = ["docker", "run", "--runtime=runc", "--device", "nvidia.com/gpu=0", "x"]
     notes = _json(call("h200", "--json", "--", *words))["notes"]
     assert any(note.startswith("--device nvidia.com/gpu=0 is a CDI device") for note in notes)
+
+
+@pytest.mark.parametrize(
+    ("words", "is_given"),
+    [
+        ("docker run --runtime=nvidia -e NVIDIA_VISIBLE_DEVICES=0", True),
+        ("docker run --runtime=nvidia -e NVIDIA_VISIBLE_DEVICES=0 --device nvidia.com/gpu=0", False),
+        ("docker run --runtime=nvidia -e NVIDIA_VISIBLE_DEVICES=0 --device vendor.com/net=0", True),
+        ("docker run --runtime=nvidia --annotation cdi.k8s.io/x=nvidia.com/gpu=0", True),
+        ("podman run --runtime=nvidia --annotation cdi.k8s.io/x=nvidia.com/gpu=0", False),
+        ("nerdctl run --runtime=nvidia --annotation cdi.k8s.io/x=nvidia.com/gpu=0", False),
+    ],
+)
+def test_line_gets_what_the_runtime_would_give(
+    tmp_path: Path,
+    simhost: Callable[[str], Path],
+    call: Callable[..., tuple[int, str, str]],
+    words: str,
+    is_given: bool,
+) -> None:
+    """Devices by CDI are not given twice, and annotations of an engine that passes others on are variables."""
+    config = tmp_path / "config.toml"
+    policy = f"{ENV} = false\n" if "annotation" in words else ""
+    config.write_text(policy + (simhost("h200") / "config.toml").read_text())
+    document = _json(call("h200", "--json", "--", *words.split(), "x", config=config))
+    assert (document["request"] is not None) == is_given
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ import stat
 import subprocess
 from typing import Any
 
-from nvhook import spec
+from nvhook import device_list, spec
 from nvhook.commands.explain import dockerapi
 from nvhook.commands.explain.dockerapi import Json, member, variables
 from nvhook.errors import ContainerError, reason
@@ -207,6 +207,12 @@ def _imagined(document: Json) -> spec.Spec:
         privileged=bool(host.get("Privileged")) or bool({"SYS_ADMIN", "ALL"} & set(added)),
         rootfs="",
         device_rules=[],
+        cdi_injected=any(
+            device_list.is_nvidia(str(name))
+            for item in host.get("DeviceRequests") or []
+            if item.get("Driver") == "cdi"
+            for name in item.get("DeviceIDs") or []
+        ),
     )
 
 

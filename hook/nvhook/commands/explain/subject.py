@@ -6,12 +6,14 @@ from __future__ import annotations
 
 import os
 
-from nvhook import spec
+from nvhook import device_list, spec
 from nvhook.commands.explain import actual, dockerapi, dockerline, locate
 
 # Under these names dockerd, Podman and the wrapper put it there.
 _HOOKS = ("nvidia-container-runtime-hook", "nvidia-container-toolkit")
 _UNKNOWN = "image or command line"
+# What these engines write into a config.json besides the annotations of the command line.
+_MARKS = {"podman": {"io.container.manager": "libpod"}, "nerdctl": {"nerdctl/namespace": "default"}}
 
 
 class Subject:
@@ -81,10 +83,11 @@ def of_line(line: dockerline.Line, rootfs: str, empty: str) -> Subject:
     described = spec.Spec(
         env=env,
         mounts=line.mounts,
-        annotations=line.annotations,
+        annotations={**line.annotations, **_MARKS.get(line.engine, {})},
         privileged=line.privileged,
         rootfs=os.path.abspath(rootfs) if rootfs else "",
         device_rules=[],
+        cdi_injected=any(map(device_list.is_nvidia, line.cdi)),
     )
     subject = Subject(described)
     subject.origins = origins
