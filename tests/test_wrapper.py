@@ -543,12 +543,36 @@ def test_bundle_of_command_line(arguments: list[str], expected: str) -> None:
 # create: who never meets an interpreter
 
 
+# As nvidia-ctk writes it, in a table that comes after that of `runtimes`.
+_PREFIXES = """[nvidia-container-runtime]
+runtimes = ["runc", "crun"]
+[nvidia-container-runtime.modes.cdi]
+annotation-prefixes = {}"""
 WORDS = {
     "nothing": ({"process": {"env": ["A=b"]}, "root": {"path": "r"}}, "", False),
     "not-even-json": ("{", "", False),
     "visible-devices": ({"process": {"env": ["NVIDIA_VISIBLE_DEVICES=void"]}}, "", True),
     "legacy-image": ({"process": {"env": ["CUDA_VERSION=8.0.61"]}}, "", True),
     "annotation": ({"annotations": {"cdi.k8s.io/x": "nvidia.com/gpu=0"}}, "", True),
+    "annotation-of-the-operator": ({"annotations": {"nvidia.cdi.k8s.io/x": "nvidia.com/gpu=0"}}, "", True),
+    "annotation-without-a-name": ({"annotations": {"nvidia.cdi.k8s.io": "nvidia.com/gpu=0"}}, "", True),
+    "annotation-that-is-no-list": ({"annotations": {"cdi.k8s.io/x": "0"}}, "", True),
+    "escaped-annotation": (r'{"annotations": {"cd\u0069.k8s.io/x": "nvidia.com/gpu=0"}}', "", True),
+    "escaped-dot": (r'{"annotations": {"cdi\u002ek8s.io/x": "nvidia.com/gpu=0"}}', "", True),
+    "escaped-digit": (r'{"annotations": {"cdi.k\u0038s.io/x": "nvidia.com/gpu=0"}}', "", True),
+    "escaped-variable": (r'{"process": {"env": ["\u004eVIDIA_VISIBLE_DEVICES=0"]}}', "", True),
+    "escaped-underscore": (r'{"process": {"env": ["CUDA\u005FVERSION=8.0"]}}', "", True),
+    "escaped-hyphen": (r'{"mounts": [{"destination": "/var/run/nvidia\u002Dcontainer\u002Ddevices/0"}]}', "", True),
+    "what-go-escapes": (r'{"process": {"env": ["A=\u003c\u003e\u0026\u2028\u0001"]}}', "", False),
+    "prefix-of-the-administrator": ({"annotations": {"a.b/x": "0"}}, _PREFIXES.format('["a.b/"]'), True),
+    "prefix-of-the-administrator-inline": (
+        {"annotations": {"a.b/x": "0"}},
+        "[nvidia-container-runtime]\nmodes.cdi = { annotation-prefixes = ['a.b/'] }",
+        True,
+    ),
+    "prefix-of-nvidia-s-own-file": ({"annotations": {"a.b/x": "0"}}, _PREFIXES.format('["cdi.k8s.io/"]'), False),
+    "prefix-of-the-operator": ({"annotations": {"a.b/x": "0"}}, _PREFIXES.format('["nvidia.cdi.k8s.io/"]'), False),
+    "commented-prefix": ({"annotations": {"a.b/x": "0"}}, '# annotation-prefixes = ["a.b/"]', False),
     "mount": ({"mounts": [{"destination": "/var/run/nvidia-container-devices/0"}]}, "", True),
     "swarm-resource": ({"process": {"env": ["DOCKER_RESOURCE_GPU=0"]}}, 'swarm-resource = "DOCKER_RESOURCE_GPU"', True),
     "commented-swarm": ({"process": {"env": ["A=b"]}}, '#swarm-resource = "DOCKER_RESOURCE_GPU"', False),
@@ -570,6 +594,16 @@ def test_interpreter_only_for_who_may_ask(
     assert place.spec.read_bytes() == before
 
 
+@pytest.mark.parametrize("command", ["restore", "checkpoint"])
+def test_checkpoint_is_the_low_level_runtime_s(place: Place, poisoned: Path, command: str) -> None:
+    """What a checkpoint image has smuggled into a config.json (CVE-2026-53492) gets nothing of ours."""
+    place.write(env=ALL, annotations={"cdi.k8s.io/x": "nvidia.com/gpu=all", "io.kubernetes.cri.container-type": "c"})
+    before = place.spec.read_bytes()
+    place.run(command, "--bundle", str(place.bundle), "name", launcher=poisoned)
+    assert place.arguments() == [command, "--bundle", str(place.bundle), "name"]
+    assert place.spec.read_bytes() == before
+
+
 # create: what goes wrong. What holds no word of a request is the low-level runtime's to refuse.
 
 
@@ -588,6 +622,16 @@ def test_interpreter_only_for_who_may_ask(
             {"process": {"env": ["NVIDIA_VISIBLE_DEVICES=7"]}, "root": {"path": "r"}},
             "device error: unknown device `7`; this host has 0 (GPU-aa, 0000:07:00.0), 1 (GPU-bb, 0000:41:00.0)",
             id="unknown-gpu",
+        ),
+        pytest.param(
+            {
+                "process": {"env": ["NVIDIA_VISIBLE_DEVICES=all"]},
+                "root": {"path": "r"},
+                "annotations": {"cdi.k8s.io/x": "nvidia.com/unknown=0"},
+            },
+            "request error: `nvidia.com/unknown=0` in the annotation `cdi.k8s.io/x`=`nvidia.com/unknown=0` is of an "
+            "unknown kind `nvidia.com/unknown`; known are nvidia.com/gpu, ",
+            id="annotation",
         ),
         pytest.param(
             {
