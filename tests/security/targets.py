@@ -215,6 +215,7 @@ _ENV_WORDS = [
     *("NVIDIA_REQUIRE_X=" + "cuda>=1," * 9000, "NVIDIA_DISABLE_REQUIRE=1", "CUDA_VERSION=" + "9" * 5000),
     *("NVIDIA_VISIBLE_DEVICES=" + ",".join(map(str, range(9000))), "NVIDIA_DRIVER_CAPABILITIES=compute,x"),
     *("/var/run/nvidia-container-devices/imex/7", "/var/run/nvidia-container-devices/cdi/nvidia.com/gpu/0"),
+    *("nvidia.com/gpu=all", "nvidia.com/mig=0", "NVIDIA_VISIBLE_DEVICES=nvidia.com/gpu=0,0", "nvidia-cdi-hook"),
 ]
 _DOCUMENTS = mutations.documents([_CONFIG_JSON], _ENV_WORDS)
 _TEXTS = [json.dumps(_CONFIG_JSON).encode(), json.dumps(_CONFIG_JSON, indent=1).encode(), b'{"a":[1,-2.5e3,null]}']
@@ -325,7 +326,7 @@ _REPORT = nvml.Report(
 )
 _DEVICES = [
     *("0", "1", "GPU-aa-1", "gpu-aa", "0000:07:00.0", "07:00", "MIG-7a", "MIG-GPU-aa-1/7/0", "0:1", "all", "none"),
-    *("nvidia.com/gpu=0", "runtime.nvidia.com/gpu=all", "void"),
+    *("nvidia.com/gpu=0", "runtime.nvidia.com/gpu=all", "nvidia.com/mig=0:1", "void"),
 ]
 
 
@@ -358,6 +359,69 @@ def environment(value: tuple[dict[str, str], bool, bytes]) -> None:
         if asked:
             quickjson.dumps(asked.describe())
             requirements.check(asked.requirements, _FACTS[0])
+
+
+# Annotations and process.env as they stand in a config.json.
+_NAMES_OF_CDI = [
+    *("nvidia.com/gpu=0,nvidia.com/gpu=GPU-aa", "nvidia.com/gpu=all", "nvidia.com/mig=0:1,nvidia.com/mig=MIG-7a"),
+    *("k8s.device-plugin.nvidia.com/gpu=0", "management.nvidia.com/gpu=all", "vendor.com/net=1,nvidia.com/gpu=0"),
+]
+_LISTS = mutations.text(_NAMES_OF_CDI, [",", "=", "/", " ", "nvidia.com", "all", "none", "void", "\0", "٣", "9" * 5000])
+_KEYS = mutations.text(
+    ["cdi.k8s.io/x", "nvidia.cdi.k8s.io/container.a", "example.com/x"], ["/", ".", "cdi.k8s.io", "N"]
+)
+_MARKS = st.sampled_from([{}, {"io.container.manager": "libpod"}, {"io.kubernetes.cri.container-name": "a"}])
+_ANNOTATION_POLICIES = st.sampled_from(
+    [
+        b"",
+        b"accept-device-annotations = false\n",
+        b"accept-device-annotations = true\naccept-nvidia-visible-devices-envvar-when-unprivileged = false\n",
+        b"accept-nvidia-visible-devices-envvar-when-unprivileged = false\n",
+        b"nvidia-container-runtime.modes.cdi.annotation-prefixes = ['example.com/']\n",
+    ]
+)
+
+
+@_target(st.tuples(st.dictionaries(_KEYS, _LISTS, max_size=3), _MARKS, _ANNOTATION_POLICIES))
+def device_annotations(value: tuple[dict[str, str], dict[str, str], bytes]) -> None:
+    """Whatever they say, a container gets what they name or nothing: never the `8` of its image beside them."""
+    written, marks, policy = value
+    config = configuration.load(str(_file("policy.toml", policy)))
+    document = {
+        "process": {"env": ["NVIDIA_VISIBLE_DEVICES=8"]},
+        "root": {"path": "r"},
+        "annotations": {**written, **marks},
+    }
+    with contextlib.suppress(NvhookError):
+        described = spec.parse(document, "/bundle")
+        source = request.origin(described, config)
+        asked = request.read(described, config, [])
+        assert asked is None or asked.origin == source
+        if asked and source.startswith(request.ANNOTATIONS):
+            assert asked.devices in (("all",), ("none",)) or all(
+                any(f"={name}" in text for text in written.values()) for name in asked.devices
+            )
+
+
+_ENTRIES_OF_ENV = mutations.text(
+    ["NVIDIA_VISIBLE_DEVICES=0,1", "NVIDIA_VISIBLE_DEVICES", "NVIDIA_*", "CUDA_VERSION=8.0", "NVIDIA_REQUIRE_CUDA="],
+    ["=", "*", "\0", ",", "NVIDIA_VISIBLE_DEVICES", "all", "nvidia.com/gpu=", "\n"],
+)
+
+
+@_target(st.tuples(st.lists(_ENTRIES_OF_ENV, max_size=6), _POLICIES))
+def process_env(value: tuple[list[str], bytes]) -> None:
+    """The last entry of a name counts, and one without `=` is none, as for the program that is started."""
+    entries, policy = value
+    config = configuration.load(str(_file("policy.toml", policy)))
+    with contextlib.suppress(NvhookError):
+        described = spec.parse({"process": {"env": entries}, "root": {"path": "r"}}, "/bundle")
+        pairs = [entry.split("=", 1) for entry in entries if "=" in entry]
+        assert described.env == {pair[0]: pair[1] for pair in pairs}
+        asked = request.read(described, config)
+        if asked:
+            assert pairs
+            quickjson.dumps(asked.describe())
 
 
 _COMPAT = ["libcuda.so.1", "libcuda.so.580.65.06", "libcuda.so", "libnvidia-ptxjitcompiler.so.1", "libcuda.so.999"]
