@@ -200,3 +200,48 @@ def test_order_of_names_is_the_linkers() -> None:
     for one, other in itertools.product(names, names):
         ordered = cachewriter._compare(one, other)
         assert (ldmerge._key(one.encode()) > ldmerge._key(other.encode())) == (ordered > 0)
+
+
+def _raw_cache(strings: bytes, entries: int = 1, extension: bytes = b"") -> bytes:
+    start = ldcache.HEADER.size + entries * ldcache.ENTRY.size
+    at = start + len(strings) if extension else 0
+    header = ldcache.HEADER.pack(ldcache.MAGIC, ldcache.VERSION, entries, len(strings), ldcache.LITTLE_ENDIAN, at)
+    return header + ldcache.ENTRY.pack(0x303, start, start, 0, 0) * entries + strings + extension
+
+
+@pytest.mark.parametrize(
+    "strings",
+    [
+        pytest.param(b"/\0" * 2_000_000, id="one-directory-millions-of-times"),
+        pytest.param(b"".join(b"/%x/\0" % number for number in range(500_000)), id="as-many-directories"),
+        pytest.param(b"\0" * 4_000_000, id="empty-ones"),
+        pytest.param(b"/a/b\0" * 200, id="a-few-too-many"),
+    ],
+)
+def test_cache_with_more_strings_than_its_entries_have(strings: bytes) -> None:
+    with pytest.raises(ValueError, match="more strings than its entries have"):
+        ldmerge.directories(_raw_cache(strings))
+
+
+def test_cache_with_as_many_strings_as_its_entries_have() -> None:
+    entries = [{"name": f"l{n}", "flags": "libc6,x86-64", "path": f"/d{n}/l{n}"} for n in range(3000)]
+    assert len(ldmerge.directories(cachewriter.cache(entries))) == 3000
+
+
+def _extension(content: bytes, start: int) -> bytes:
+    return struct.pack("<II", 0xEAA42174, 1) + struct.pack("<IIII", 1, 0, start + 24, len(content)) + content
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        pytest.param(b"\xff" * 4, id="string-beyond-any-file"),
+        pytest.param(b"\0" * (4 << 20), id="a-million-of-them"),
+    ],
+)
+def test_cache_with_subdirectories_that_cannot_be(content: bytes) -> None:
+    strings = b"libc.so.6\0"
+    start = ldcache.HEADER.size + ldcache.ENTRY.size + len(strings)
+    data = _raw_cache(strings, extension=_extension(content, start))
+    with pytest.raises(ValueError, match=r"lies outside|cut off or too long"):
+        ldmerge.merge(data, CUDA)

@@ -21,6 +21,7 @@ _EXTENSION = struct.Struct("<II")  # magic, number of sections
 _SECTION = struct.Struct("<IIII")  # tag, flags, offset, size
 _MAX_SECTIONS = 2
 _GENERATOR, _HWCAPS = 0, 1  # text; offsets of strings, four bytes each
+_MAX_HWCAPS = 64  # subdirectories of glibc-hwcaps; there are seven on the machines that have any
 _MAX_SAME = 64  # entries of one name, in any cache that is not a trap
 _MAX_NAME = 255  # bytes, NAME_MAX: to compare longer ones takes its time
 _MAX_STRING = 4096
@@ -78,7 +79,11 @@ def merge(data: bytes, names: list[Name]) -> bytes:
 
 def directories(data: bytes) -> list[str]:
     """Where the libraries of a cache are, as it writes it. ValueError as for merge."""
-    paths = {path.rpartition(b"/")[0] for path in _Cache(data).strings.split(b"\0") if path.startswith(b"/")}
+    cache = _Cache(data)
+    # Of 4 MB of other strings there would be millions. glibc writes a name as the end of its path, or beside it.
+    if cache.strings.count(b"\0") > 2 * (len(cache.table) // ENTRY.size) + _MAX_HWCAPS:
+        raise ValueError("more strings than its entries have")
+    paths = {path.rpartition(b"/")[0] for path in cache.strings.split(b"\0") if path.startswith(b"/")}
     return sorted(path.decode("utf-8", "surrogateescape") for path in paths)
 
 
@@ -152,11 +157,18 @@ class _Cache:
         for tag, flags, content in self._sections:
             moved = content
             if tag == _HWCAPS:
-                moved = b"".join(struct.pack("<I", value + shift) for (value,) in struct.iter_unpack("<I", content))
+                moved = b"".join(_moved(value, shift) for (value,) in struct.iter_unpack("<I", content))
             heads.append(_SECTION.pack(tag, flags, offset, len(moved)))
             bodies.append(moved)
             offset += len(moved)
         return b"".join(heads + bodies)
+
+
+def _moved(offset: int, shift: int) -> bytes:
+    try:
+        return struct.pack("<I", offset + shift)
+    except struct.error:
+        raise ValueError(f"string {offset:#x} lies outside the strings of the cache") from None
 
 
 def _sections(whole: bytes, start: int) -> list[tuple[int, int, bytes]]:
@@ -173,8 +185,8 @@ def _sections(whole: bytes, start: int) -> list[tuple[int, int, bytes]]:
     found = []
     for tag, flags, offset, size in sorted(heads, reverse=True):
         content = whole[offset : offset + size]
-        if len(content) != size or (tag == _HWCAPS and size % 4):
-            raise ValueError("truncated: a section of the extension")
+        if len(content) != size or (tag == _HWCAPS and (size % 4 or size > 4 * _MAX_HWCAPS)):
+            raise ValueError("a section of the extension is cut off or too long")
         found.append((tag, flags, content))
     return found
 
