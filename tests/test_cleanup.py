@@ -297,6 +297,21 @@ def test_clean_gives_a_directory_its_time_back(tmp_path: Path, rootfs: Path, som
     assert (_mtime(library) == 1_000_000_007) != somebody
 
 
+def test_clean_in_a_root_that_is_too_slow(tmp_path: Path, rootfs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What there was no time for stays in the layer, and what is kept about the container goes."""
+    (rootfs / "usr/lib/libcuda.so.1").touch()
+    traces: list[dict[str, Any]] = [
+        {"kind": "time", "path": "/usr/lib", "before": 5, "after": (rootfs / "usr/lib").stat().st_mtime_ns},
+        {"kind": "file", "path": "/usr/lib/libcuda.so.1"},
+    ]
+    state = note(tmp_path, rootfs, traces)
+    before = tree(rootfs)
+    monkeypatch.setattr(cleanup, "_SECONDS", 0)
+    clean(tmp_path, state)
+    assert before == tree(rootfs)
+    assert os.listdir(tmp_path / "state/containers") == []
+
+
 # The root filesystem is another one by now
 
 

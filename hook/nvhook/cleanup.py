@@ -20,11 +20,12 @@ import stat
 from . import container_dir
 from .errors import SpecError, reason
 from .linux import files, identity
-from .linux.root import DIRECTORY, Root
+from .linux.root import DIRECTORY, OutOfTimeError, Root
 
 _MAX_CACHE = 1 << 20  # of 40,000 libraries; /run, where it is kept for as long as the container is there, is memory
-# What comes of a trace that is damaged, or whose object is gone or another one by now.
-_NOT_OURS = (OSError, ValueError, KeyError, TypeError, OverflowError)
+_SECONDS = 5  # for all look-ups in the root filesystem
+# What comes of a trace that is damaged, whose object is gone or another one by now, or that takes too long to find.
+_NOT_OURS = (OSError, ValueError, KeyError, TypeError, OverflowError, OutOfTimeError)
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -179,7 +180,7 @@ def _cache_of(traces: list[Trace]) -> Trace | None:
 
 def _carry_out(directory: ContainerDirectory, warnings: list[str]) -> None:
     try:
-        root = Root(os.open(directory.rootfs, DIRECTORY | os.O_NOFOLLOW))
+        root = Root(os.open(directory.rootfs, DIRECTORY | os.O_NOFOLLOW), _SECONDS)
     except FileNotFoundError:
         return  # the engine has already taken the root filesystem away
     except (OSError, ValueError) as error:
@@ -279,7 +280,13 @@ class _Parent:
 
 def times(root: Root, before: dict[str, int]) -> list[Trace]:
     """Traces for directories that had the mtime `before` when we came: whoever compares it finds nothing changed."""
-    return [{"kind": "time", "path": path, "before": then, "after": _time(root, path)} for path, then in before.items()]
+    found: list[Trace] = []
+    for path, then in before.items():
+        try:
+            found.append({"kind": "time", "path": path, "before": then, "after": _time(root, path)})
+        except _NOT_OURS:
+            continue  # it keeps the time of our change
+    return found
 
 
 def _times_before(root: Root, traces: list[Trace]) -> dict[str, int]:
@@ -308,7 +315,7 @@ def _time(root: Root, path: str) -> int:
 def _set_time(root: Root, path: str, then: int) -> None:
     try:
         fd = root.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    except OSError:
+    except _NOT_OURS:
         return  # it was ours alone
     try:
         os.utime(fd, ns=(os.fstat(fd).st_atime_ns, then))

@@ -8,7 +8,9 @@ here: what a directory of somebody else holds is a list of names.
 from __future__ import annotations
 
 import os
-from itertools import islice
+
+from .errors import SLOW_TREE, ContainerError
+from .linux.root import OutOfTimeError, first_names
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -32,21 +34,17 @@ def find(
 ) -> str:
     """The directory, as a path in the container without links, or empty where its libraries are of no use.
 
+    ContainerError where looking for them takes too long: without them programs that need them would fail.
     `version` is the host's driver; `brands`, words in lower case, are asked for only where there are such libraries.
     """
     if not config.cuda_compat or not {"compute", "video"} & set(request.capabilities):
         return ""
     try:
-        directory = root.open(_DIRECTORY, os.O_RDONLY | os.O_DIRECTORY | os.O_NONBLOCK)
+        majors, path = _look(root)
     except OSError:
         return ""
-    try:
-        majors = _majors(directory)
-        path = _path(root, directory)
-    except OSError:
-        return ""
-    finally:
-        os.close(directory)
+    except OutOfTimeError as error:
+        raise ContainerError(str(error), SLOW_TREE) from None
     driver = version.partition(".")[0]
     # Of several versions the linker may take any: the oldest decides. On WSL 2 the driver has a name for a version.
     if not majors or not driver.isdecimal() or min(majors) <= int(driver):
@@ -60,13 +58,21 @@ def find(
     return path
 
 
-def _majors(directory: int) -> set[int]:
+def _look(root: Root) -> tuple[set[int], str]:
+    """(major versions, path of the directory); OSError where there is none."""
+    directory = root.open(_DIRECTORY, os.O_RDONLY | os.O_DIRECTORY | os.O_NONBLOCK)
+    try:
+        names = root.timed(_DIRECTORY, lambda: first_names(directory, _MAX_NAMES))
+        return _majors(set(names)), _path(root, directory)
+    finally:
+        os.close(directory)
+
+
+def _majors(names: set[str]) -> set[int]:
     """Of the versions in names like libcuda.so.580.65.06; none without the link to one of them that programs ask for.
 
     ldconfig makes no link, and the cache would lead to what is not there.
     """
-    with os.scandir(directory) as entries:
-        names = {entry.name for entry in islice(entries, _MAX_NAMES)}
     if _SONAME not in names:
         return set()
     versions = (name.removeprefix(_LIBRARY).split(".") for name in names if name.startswith(_LIBRARY))

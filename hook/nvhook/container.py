@@ -10,9 +10,13 @@ from __future__ import annotations
 import os
 
 from .container_dir import Unlocked
-from .errors import ContainerError, reason
+from .errors import SLOW_TREE, ContainerError, reason
 from .linux import identity, kernel, mountinfo, userns
-from .linux.root import DIRECTORY, Root
+from .linux.root import DIRECTORY, OutOfTimeError, Root
+
+# For all look-ups in the container's tree from `find` to the last edit, and for ldconfig, whose own limit is 10 s. With
+# what is done ahead of it (standby.py) a start is not held up for more than 15 s by what is in an image.
+SECONDS = 12
 
 # What changing the container's tree takes, and the children that ldconfig.py starts there. With NET_ADMIN, rules of the
 # device cgroup are taken back when that fails (kernels before 5.8).
@@ -176,7 +180,7 @@ def here(path: str) -> Container:
     rootfs = _real(path)
     try:
         proc = os.open("/proc/self", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        root = Root(os.open(rootfs, DIRECTORY))
+        root = Root(os.open(rootfs, DIRECTORY), SECONDS)
         mounts = _read(proc, "mountinfo")
     except OSError as error:
         raise ContainerError(f"open `{path}`: {reason(error)}") from None
@@ -252,7 +256,7 @@ def _open_root(pid: int, rootfs: str, proc: int, mounts: str) -> tuple[Root, Ide
                 f"`{rootfs}` is another directory than the one that process {pid} has mounted there",
                 "start the container again, in a directory that only root can rename",
             )
-        return Root(fd), _host_identity(rootfs, fd)
+        return Root(fd, SECONDS), _host_identity(rootfs, fd)
     except BaseException:
         os.close(fd)
         raise
@@ -287,8 +291,16 @@ def _host_identity(rootfs: str, container: int) -> Identity | None:
 def layout(root: Root) -> Layout:
     """The family of the root filesystem, as libnvidia-container tells it, and multiarch directories as a second sign.
 
-    An image stripped of its /etc still has its libraries where its dynamic linker looks for them.
+    An image stripped of its /etc still has its libraries where its dynamic linker looks for them. ContainerError where
+    looking for them takes too long.
     """
+    try:
+        return _layout(root)
+    except OutOfTimeError as error:
+        raise ContainerError(str(error), SLOW_TREE) from None
+
+
+def _layout(root: Root) -> Layout:
     machine = os.uname().machine
     triplet = f"{machine}-linux-gnu"
     if root.exists("/etc/debian_version") or root.exists(f"/usr/lib/{triplet}"):

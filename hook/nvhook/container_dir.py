@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
     from .container import Container
     from .linux.identity import Identity
+    from .linux.root import Root
     from .spec import State
 
     Json = dict[str, Any]
@@ -188,25 +189,29 @@ class Lock:
     of a file which the former holder has removed by then has nothing, and tries again.
     """
 
-    __slots__ = ("_containers", "_fd", "_name", "_root")
+    __slots__ = ("_containers", "_fd", "_name", "_root", "_tree")
 
-    def __init__(self, containers: Containers, root: Identity) -> None:
+    def __init__(self, containers: Containers, root: Identity, tree: Root | None = None) -> None:
+        """What is waited counts as time of the look-ups in `tree`, so that both together are bounded."""
         self._containers = containers
         self._root = root
+        self._tree = tree
         self._name = f".{root.device}-{root.inode}.lock"  # no id begins with a dot
         self._fd = -1
 
     def __enter__(self) -> None:
         """ContainerError where another process keeps it for too long, OSError where there can be none."""
-        end = time.monotonic() + _LOCK_SECONDS
+        begin = time.monotonic()
         while not self._try():
-            if time.monotonic() > end:
+            if time.monotonic() - begin > _LOCK_SECONDS:
                 raise ContainerError(
                     f"lock the container's root filesystem: another container over it has `{CONTAINERS}/{self._name}` "
                     f"for more than {_LOCK_SECONDS} s",
                     "start it again, or give it a root filesystem of its own",
                 )
             time.sleep(0.001)
+        if self._tree is not None:
+            self._tree.spend(time.monotonic() - begin)
 
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
@@ -317,7 +322,7 @@ def lock(path: str, container: Container) -> Lock:
     """The lock of the container's root filesystem; `path` is STATE. OSError where nothing can be kept about it."""
     if container.host_identity is None:
         raise OSError(errno.ENOENT, f"the host has no `{container.rootfs}`, or another directory there")
-    return Lock(Containers(path), container.host_identity)
+    return Lock(Containers(path), container.host_identity, container.root)
 
 
 def _clear(containers: int, id: str) -> bool:  # noqa: A002 - OCI's name

@@ -15,9 +15,9 @@ import os
 import stat
 
 from . import cleanup
-from .errors import MountError, reason
+from .errors import SLOW_TREE, MountError, reason
 from .linux import bind, files, tmpfs
-from .linux.root import DIRECTORY, Root
+from .linux.root import DIRECTORY, OutOfTimeError, Root
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -400,7 +400,7 @@ class Device(Edit):
         directory, name = os.path.split(self.path)
         try:
             parent = container.root.open(directory, DIRECTORY)
-        except OSError:
+        except (OSError, OutOfTimeError):
             return False
         try:
             status = look(parent, name)
@@ -545,7 +545,10 @@ class Symlink(Edit):
 
 
 def apply(edits: list[Edit], container: Container) -> None:
-    """All of them in order, or none: the first failure undoes those before it, in reverse, and is raised."""
+    """All of them in order, or none: the first failure undoes those before it, in reverse, and is raised.
+
+    MountError as well where the container's tree has taken too long.
+    """
     done: list[Edit] = []
     try:
         for edit in edits:
@@ -553,8 +556,10 @@ def apply(edits: list[Edit], container: Container) -> None:
             edit.apply(container)
         for edit in edits:
             edit.finish()
-    except BaseException:
+    except BaseException as fault:
         _undo(done, container)
+        if isinstance(fault, OutOfTimeError):
+            raise MountError(str(fault), SLOW_TREE) from None
         raise
 
 

@@ -78,6 +78,10 @@ class RuntimeLookupError(NvhookError):
     stage = "runtime"
 
 
+# The remedy where look-ups in a container's tree have taken too long (linux/root.py).
+SLOW_TREE = "take chains of symbolic links out of the image, or start it again when its storage is less busy"
+
+
 def one_line(text: str) -> str:
     """An image can put newlines and terminal escapes into the names we quote; the line stays one line."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

@@ -14,6 +14,7 @@ import os
 from . import audit
 from .errors import ContainerError, one_line
 from .image import Image
+from .linux.root import OutOfTimeError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -76,8 +77,12 @@ def check(
     warnings: list[str],
 ) -> None:
     """At a container's start: what is grave goes to `warnings` and to the log, or is a ContainerError if config.toml
-    is strict."""
-    for finding in examine(asked, driver, root, layout, compat):
+    is strict. An image that takes too long to examine has no findings."""
+    try:
+        findings = examine(asked, driver, root.optional, layout, compat)
+    except OutOfTimeError:
+        return
+    for finding in findings:
         if config.strict:
             raise ContainerError(finding.what, f"{finding.hint}, or set `nvhook.strict` to false in config.toml")
         warnings.append(one_line(f"{finding.what}; {finding.hint}"))

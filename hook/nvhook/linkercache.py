@@ -15,6 +15,7 @@ from . import cleanup
 from .edits import Edit, kind_of, look, remover
 from .errors import LdcacheError, reason
 from .linux import files, ldmerge
+from .linux.root import OutOfTimeError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -28,6 +29,8 @@ _MAX_MERGED = 4 << 20  # of 150,000 libraries; an image with more is ldconfig's
 _MACHINE = os.uname().machine
 _MACHINES = {64: {"x86_64": "x86-64"}.get(_MACHINE, _MACHINE), 32: "i386"}
 _MAX_DIRECTORIES = 512  # that the libraries of a cache are in
+# What keeps us from adding our names to the image's own cache: ldconfig then makes one.
+_NOT_MERGED = (OSError, ValueError, OutOfTimeError)
 
 
 class Ldcache(Edit):
@@ -56,8 +59,8 @@ class Ldcache(Edit):
     def foresee(self, root: Root) -> None:
         if self._is_wanted and self.names:
             try:
-                self._merge(_old_cache(root))
-            except (OSError, ValueError):
+                self._merge(_old_cache(root.optional))
+            except _NOT_MERGED:
                 return  # `examine` looks again
 
     def prepare(self, config: Config) -> None:
@@ -79,10 +82,10 @@ class Ldcache(Edit):
             return
         if self.names:
             try:
-                self._cache = self._merge(_old_cache(container.root))
+                self._cache = self._merge(_old_cache(container.root.optional))
                 self._is_wanted = bool(self._cache)
                 return
-            except (OSError, ValueError):
+            except _NOT_MERGED:
                 self._cache = None  # ldconfig makes one that is right
         from .linux import ldconfig  # now: nothing is imported when the namespace has been entered
 
@@ -139,13 +142,13 @@ class Ldcache(Edit):
 
 
 def _old_cache(root: Root) -> bytes:
-    """The image's linker cache. OSError or ValueError where ldconfig has to make a new one."""
+    """The image's linker cache; one of _NOT_MERGED where ldconfig has to make a new one."""
     fd = root.open_file(_CACHE, os.O_NOFOLLOW)
     try:
         status = os.fstat(fd)
         if status.st_size > _MAX_MERGED:
             raise ValueError("not of a usual size")
-        data = os.read(fd, _MAX_MERGED)
+        data = root.timed(_CACHE, lambda: os.read(fd, _MAX_MERGED))
     finally:
         os.close(fd)
     directories = ldmerge.directories(data)

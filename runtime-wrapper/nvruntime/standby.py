@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 _DIRECTORY = "standby"
 _NAMES = ("ask", "answer", "lock")
 NEW_FILE = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+_LOOKUP_SECONDS = 2  # for all look-ups in the image; the hook has more, should they not do
 _SECONDS = 60  # for everything: then SIGALRM ends it, and the hook begins anew
 _MAX_STATE = 1 << 20
 _MAX_ANSWER = 32 << 10  # bytes; a pipe takes 64 KiB without a reader
@@ -197,7 +198,7 @@ def _prepare(task: Task, said: list[str]) -> tuple[Preparation | None, NvhookErr
 
     warnings: list[str] = []
     try:
-        root = Root(os.open(task.described.rootfs, DIRECTORY))
+        root = Root(os.open(task.described.rootfs, DIRECTORY), _LOOKUP_SECONDS)
         try:
             found = task.gpus, task.chosen
             layout = container.layout(root)
@@ -207,7 +208,7 @@ def _prepare(task: Task, said: list[str]) -> tuple[Preparation | None, NvhookErr
     except OSError:
         return None, None  # the runtime says what is wrong with it
     except NvhookError as error:
-        return None, error
+        return None, error if root.left > 0 else None
     finally:
         said += [f"warning: {warning}" for warning in warnings]
 

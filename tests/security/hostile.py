@@ -177,7 +177,7 @@ class Place:
         )
 
     def _container(self) -> Container:
-        root = Root(os.open(self.root, DIRECTORY))
+        root = Root(os.open(self.root, DIRECTORY), container_module.SECONDS)
         return Container(
             proc=-1,
             namespace=-1,

@@ -131,7 +131,7 @@ def linker_cache(data: bytes) -> None:
         ldcache.entries_for(entries, "x86-64")
 
 
-@_target(mutations.damaged(_CACHES, [b"glibc-ld.so.cache1.1", b"/usr/lib/libcuda.so.1\0", b"9" * 300]))
+@_target(mutations.damaged(_CACHES, [b"glibc-ld.so.cache1.1", b"/usr/lib/libcuda.so.1\0", b"9" * 300, b"\xff" * 4]))
 def linker_cache_with_names(data: bytes) -> None:
     with contextlib.suppress(ValueError):
         ldmerge.directories(data)
@@ -139,6 +139,34 @@ def linker_cache_with_names(data: bytes) -> None:
         merged = ldmerge.merge(data, _NAMES)
         assert len(merged) <= len(data) + 4096
         ldmerge.merge(merged, _NAMES)
+
+
+# `to/` leads on to the next link; what is long makes a walk slow.
+_STEPS = ["to/", "to", "../", "./", "/", "usr/", "usr", "file", "gone/", "./" * 2000, "usr/../" * 500, "/" * 3000]
+_TARGETS = st.lists(st.sampled_from(_STEPS), min_size=1, max_size=6).map("".join)
+
+
+@_target(st.tuples(st.lists(_TARGETS.map(lambda text: text[:4090]), min_size=1, max_size=39), _TARGETS))
+def path_through_links(tree: tuple[list[str], str]) -> None:
+    """Each directory of a chain has a link `to`; what comes of a path is below the root, or an error."""
+    links, path = tree
+    top = Path(tempfile.mkdtemp(dir=_place()))
+    (top / "root/usr").mkdir(parents=True)
+    (top / "file").touch()
+    for number, target in enumerate(links):
+        here = top / "root" / ("usr" if number % 2 else "")
+        with contextlib.suppress(FileExistsError):
+            (here / f"to{number // 2 or ''}").symlink_to(target.replace("to", f"to{number // 2 + 1}", 1))
+    root = Root(os.open(top / "root", DIRECTORY), 1)
+    try:
+        for root._openat2 in (True, False):
+            with contextlib.suppress(OSError):
+                fd = root.open(path)
+                assert os.readlink(f"/proc/self/fd/{fd}").startswith(f"{top}/root")
+                os.close(fd)
+    finally:
+        os.close(root.fd)
+        shutil.rmtree(top)
 
 
 _ELFS = [

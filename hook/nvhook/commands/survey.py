@@ -74,6 +74,6 @@ def imagined(env: list[str], rootfs: str) -> spec.Spec:
 
 def _root(rootfs: str) -> Root:
     try:
-        return Root(os.open(rootfs, DIRECTORY))
+        return Root(os.open(rootfs, DIRECTORY), container.SECONDS)
     except OSError as error:
         raise SpecError(f"open the root filesystem `{rootfs}`: {reason(error)}") from None

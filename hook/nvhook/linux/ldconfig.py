@@ -50,28 +50,35 @@ def run(program: int, rootfs: str, root: Root, directories: tuple[str, ...], own
     """Build etc/ld.so.cache in `root` anew, with `directories` before all others.
 
     `rootfs` is the path of `root`'s directory, a mount point in this mount namespace; `owner` the (uid, gid) that the
-    program runs as. OSError when a step fails; its text is what ldconfig printed, or the step's name.
+    program runs as. OSError when a step fails; its text is what ldconfig printed, or the step's name. What it takes
+    counts as `root`'s time, and ends with that.
     """
     known = [path for path in (*directories, *_SYSTEM_DIRECTORIES) if root.exists(path)]
     known = list(dict.fromkeys(known))
+    seconds = max(1, int(min(_SECONDS, root.left)))
     arguments = ["ldconfig", "-X", "-f", "/etc/ld.so.conf", "-C", "/etc/ld.so.cache", *known]
-    ended = confine.run(
-        # The one way to be in the root filesystem in the new namespace without a path from `/`, which is not where an
-        # engine in a chroot has it.
-        root.fd,
-        (f"make `{rootfs}` the root directory", lambda: _pivot(os.path.basename(rootfs), root)),
-        ("execute", lambda: os.execve(3, arguments, {})),
-        owner,
-        confine.Bounds(
-            seconds=_SECONDS, memory=_MEMORY, data=_DATA, file_size=_FILE_SIZE, files=_FILES, output=_OUTPUT
+    bounds = confine.Bounds(
+        seconds=seconds, memory=_MEMORY, data=_DATA, file_size=_FILE_SIZE, files=_FILES, output=_OUTPUT
+    )
+    ended = root.timed(
+        "/etc/ld.so.conf",
+        lambda: confine.run(
+            # The one way to be in the root filesystem in the new namespace without a path from `/`, which is not where
+            # an engine in a chroot has it.
+            root.fd,
+            (f"make `{rootfs}` the root directory", lambda: _pivot(os.path.basename(rootfs), root)),
+            ("execute", lambda: os.execve(3, arguments, {})),
+            owner,
+            bounds,
+            program=program,
+            # The child of a user who is not root, and may mount in a user namespace, has one of its own, without other
+            # ids.
+            or_nobody=os.geteuid() != 0,
+            calls=seccomp.LDCONFIG,
         ),
-        program=program,
-        # The child of a user who is not root, and may mount in a user namespace, has one of its own, without other ids.
-        or_nobody=os.geteuid() != 0,
-        calls=seccomp.LDCONFIG,
     )
     if ended.status is None:
-        raise OSError(errno.ECHILD, f"not finished after {_SECONDS} s")
+        raise OSError(errno.ECHILD, f"not finished after {seconds} s")
     if ended.status != 0:
         raise OSError(errno.ECHILD, ended.last_line() or f"ended with status {ended.status}")
 

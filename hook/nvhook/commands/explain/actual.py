@@ -11,6 +11,7 @@ import contextlib
 import os
 import stat
 
+from nvhook.container import SECONDS
 from nvhook.edits import Device, Edit, File, Mount, Symlink, Tmpfs
 from nvhook.errors import ContainerError, reason
 from nvhook.linkercache import Ldcache
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from nvhook.spec import Spec
 
 _PROC = "/proc/driver/nvidia"
-_CACHE, _MAX_CACHE = "/etc/ld.so.cache", 64 << 20
+_CACHE, _MAX_CACHE = "/etc/ld.so.cache", 4 << 20  # of 150,000 libraries
 _MAX_MOUNTS = 16 << 20  # bytes of mountinfo
 _MAX_NODES = 10_000
 _NODE_DIRECTORIES = ("/dev", "/dev/nvidia-caps", "/dev/nvidia-caps-imex-channels")
@@ -62,7 +63,7 @@ class Container:
         try:
             proc = os.open(f"/proc/{pid}", DIRECTORY)
             try:
-                self.root = Root(os.open("root", DIRECTORY, dir_fd=proc))
+                self.root = Root(os.open("root", DIRECTORY, dir_fd=proc), SECONDS)
                 self._mounts = {item.id: item for item in mountinfo.mounts(_read(proc, "mountinfo"))}
                 self._cgroup = _read(proc, "cgroup")
             finally:

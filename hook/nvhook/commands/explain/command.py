@@ -17,8 +17,9 @@ from nvhook import fitness
 from nvhook.commands import load, plan, survey
 from nvhook.commands.explain import dockerline, reasons
 from nvhook.commands.explain import subject as subjects
-from nvhook.errors import NvhookError, SpecError, one_line
+from nvhook.errors import SLOW_TREE, ContainerError, NvhookError, SpecError, one_line
 from nvhook.linux import elf
+from nvhook.linux.root import OutOfTimeError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -69,7 +70,10 @@ def run(options: argparse.Namespace, warnings: list[str]) -> int:
                 made = survey.make(subject.described, config, warnings)
             except NvhookError as error:
                 fault = error
-        told = _document(subject, asked, made, fault, config)
+        try:
+            told = _document(subject, asked, made, fault, config)
+        except OutOfTimeError as error:
+            raise ContainerError(str(error), SLOW_TREE) from None
     if options.json:
         print(json.dumps(told, indent=2))
     else:
