@@ -469,11 +469,11 @@ def test_more_imex_channels_than_a_driver_has(settings: Path) -> None:
 
 
 def test_more_devices_than_a_host_has(settings: Path) -> None:
-    with pytest.raises(RequestError, match="1025 devices are asked for, more than 1024; ask for `all`"):
+    with pytest.raises(RequestError, match="more than 1024 devices are asked for; ask for `all`"):
         _ask(settings, {DEVICES: ",".join(map(str, range(1025)))})
 
 
-@pytest.mark.parametrize("name", ["1048576", "-1", "+1", "0x1", "1_0", "channel0", "9" * 5000, "\u0660", "0 1", "../0"])
+@pytest.mark.parametrize("name", ["1048576", "-1", "+1", "0x1", "1_0", "channel0", "9" * 500, "\u0660", "0 1", "../0"])
 def test_imex_channel_refused(settings: Path, name: str) -> None:
     with pytest.raises(RequestError) as raised:
         _ask(settings, {DEVICES: "0", CHANNELS: f"0,{name}"})

@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 
 from . import quickjson, request
-from .errors import one_line
+from .errors import MAX_LINE, one_line
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -31,7 +31,8 @@ _SILENT = {  # log-level -> what is not written
     "fatal": ("info", "warning"),
     "panic": ("info", "warning"),
 }
-_MOST = 4000  # characters of one value; the whole has to go into a datagram
+# Bytes of all values in a line, which is a string in an entry once more: that can double them.
+_MAX_VALUES = MAX_LINE // 2 - 400
 
 
 class Audit:
@@ -127,9 +128,8 @@ class Audit:
         if (self._silent and level != "error") or level in _SILENT.get(self._config.log_level, ()):
             return
         # In quotes, and on one line: no name that an image chose can pass for a fact.
-        values = {"container": self.container, **facts}
-        quoted = (f"{name}={_quoted(value)}" for name, value in values.items() if value)
-        message = f"GPUs {what}: {' '.join(quoted)}"
+        values = _shared_out({"container": self.container, **facts})
+        message = f"GPUs {what}: {' '.join(f'{name}={_quoted(value)}' for name, value in values.items() if value)}"
         if self._log and level == "info":  # of a refusal the engine's log has the error itself
             self._log(level, message)
         elif self._file >= 0:
@@ -171,9 +171,18 @@ def entry(level: str, message: str, *, as_json: bool = False) -> bytes:
     return f'time="{time}" level={level} msg={_quoted(message)}\n'.encode()
 
 
+def _shared_out(values: dict[str, str]) -> dict[str, str]:
+    """Each on one line, within _MAX_VALUES together: what the short ones leave is for the long ones."""
+    room = _MAX_VALUES
+    lines = dict.fromkeys(values, "")
+    for count, name in enumerate(sorted(values, key=lambda name: len(values[name]))):
+        lines[name] = one_line(values[name], room // (len(values) - count))
+        room -= len(quickjson.dumps(lines[name]))
+    return lines
+
+
 def _quoted(text: str) -> str:
-    plain = one_line(text if len(text) <= _MOST else f"{text[:_MOST]}…")
-    return quickjson.dumps(plain).decode()
+    return quickjson.dumps(one_line(text)).decode()
 
 
 def _syslog(path: str) -> int:

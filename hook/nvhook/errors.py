@@ -16,9 +16,18 @@
 Every message reads `<stage> error: <what we did to which object>: <why>` and, where there is one, the remedy
 after a semicolon. They are raised where the fault is and printed in one place, by the program's main().
 Anything that is not an NvhookError is a fault of ours and keeps its traceback.
+
+An image writes part of many messages, so their size is its choice. A text becomes a line in `one_line` alone, which
+reads no more of it than the line can hold.
 """
 
 from __future__ import annotations
+
+# Bytes that a line of ours takes as a string in JSON, the larger of its two forms. With level and time it is an entry
+# of less than 8 KiB.
+MAX_LINE = 8000
+_MAX_MESSAGE, _MAX_HINT = 2000, 900  # so that an error is whole where it is part of another line
+_LONGEST_ESCAPE = len("\\U0010ffff")
 
 
 class NvhookError(Exception):
@@ -32,10 +41,10 @@ class NvhookError(Exception):
         self.hint = hint
 
     def __str__(self) -> str:
-        line = f"{self.stage} error: {self.message}"
-        if self.hint:
-            line += f"; {self.hint}"
-        return one_line(line)
+        line = f"{self.stage} error: {one_line(self.message, _MAX_MESSAGE)}"
+        if self.hint:  # the useful part: what the message quotes cannot push it out
+            line += f"; {one_line(self.hint, _MAX_HINT)}"
+        return line
 
 
 class ConfigError(NvhookError):
@@ -82,9 +91,45 @@ class RuntimeLookupError(NvhookError):
 SLOW_TREE = "take chains of symbolic links out of the image, or start it again when its storage is less busy"
 
 
-def one_line(text: str) -> str:
-    """An image can put newlines and terminal escapes into the names we quote; the line stays one line."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+def one_line(text: str, most: int = MAX_LINE) -> str:
+    """An image can put newlines and terminal escapes into the names we quote; the line stays one line.
+
+    Of one that would take more than `most` bytes as a string in JSON the middle is left out, and the line says so.
+    """
+    if len(text) <= most and (len(text) * (_LONGEST_ESCAPE + 1) <= most or _size(text) <= most):
+        return text if text.isprintable() else "".join(map(_escape, text))
+    mark = f" [… of {len(text)} characters …] "
+    room = most - _size(mark)
+    # A character takes a byte or more, so there is no need to read more of it.
+    end = _fitting(text[:most], room * 3 // 4)
+    begin = len(text) - _fitting(text[-most:][::-1], room // 4)
+    # Where the text has been a line before, it may hold an escape, which stays whole or goes.
+    escape = text.find("\\", max(0, end - _LONGEST_ESCAPE + 1), end)
+    if escape >= 0:
+        end = escape
+    escape = text.rfind("\\", begin - _LONGEST_ESCAPE + 1, begin)
+    if escape >= 0:
+        begin = escape + _LONGEST_ESCAPE
+    return "".join(map(_escape, text[:end])) + mark + "".join(map(_escape, text[begin:]))
+
+
+def _escape(character: str) -> str:
+    return character if character.isprintable() else character.encode("unicode_escape").decode()
+
+
+def _size(text: str) -> int:
+    """Bytes of the line that `text` becomes, as a string in JSON: it has a backslash before each `"` and backslash."""
+    line = text if text.isprintable() else "".join(map(_escape, text))
+    return len(line.encode()) + line.count("\\") + line.count('"')
+
+
+def _fitting(text: str, room: int) -> int:
+    """How many characters of `text` take no more than `room` bytes."""
+    for count, character in enumerate(text):
+        room -= _size(character)
+        if room < 0:
+            return count
+    return len(text)
 
 
 def reason(error: OSError) -> str:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import sys
 
-from .errors import NvhookError
+from .errors import NvhookError, one_line
 
 _USAGE = """\
 usage: nvidia-container-runtime-hook [--config FILE] [--no-audit] prestart
@@ -55,7 +55,7 @@ def main(arguments: list[str], default_config: str) -> int:
         return 1
     finally:
         for warning in warnings:
-            print(f"nvidia-container-runtime-hook: warning: {warning}", file=sys.stderr)
+            print(one_line(f"nvidia-container-runtime-hook: warning: {warning}"), file=sys.stderr)
 
 
 def _parse(arguments: list[str]) -> tuple[str, dict[str, str]]:

@@ -24,12 +24,16 @@ from .config import CAPABILITIES, Config
 from .errors import RequestError
 from .spec import Spec
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
 DEFAULT_CAPABILITIES = ("compute", "utility")
 VOLUME_ROOT = "/var/run/nvidia-container-devices/"
 ANNOTATIONS, MOUNTS = "annotations", "volume mounts"
 _MAX_CHANNEL = (1 << 20) - 1  # a minor number has 20 bits
 _MAX_DEVICES = 1024
-_MAX_CHANNELS = 2048  # that the driver has, unless its administrator says otherwise
+_MAX_CHANNELS = 2048  # of one container
 # NVIDIA_<name>=enabled
 FEATURES = ("gds", "mofed", "gdrcopy", "nvswitch")
 _TRUE = ("1", "t", "T", "TRUE", "true", "True")  # Go's strconv.ParseBool, which images were written for
@@ -132,7 +136,7 @@ def _devices(spec: Spec, config: Config, warnings: list[str]) -> tuple[tuple[str
     stray = device_list.stray(spec.annotations, config.annotation_prefixes)
     if stray:
         raise device_list.unread(stray, spec.annotations[stray], config.annotation_prefixes)
-    return _decided([device_list.plain(name, source, privileged=spec.privileged) for name in names]), source
+    return _decided([device_list.plain(name, source, privileged=spec.privileged) for name in _once(names)]), source
 
 
 def origin(spec: Spec, config: Config) -> str:
@@ -178,7 +182,7 @@ def _of_annotations(lists: dict[str, list[str]], spec: Spec, config: Config) -> 
         if not device_list.is_read(key, config.annotation_prefixes):
             raise device_list.unread(key, spec.annotations[key], config.annotation_prefixes)
         place = device_list.quoted(key, spec.annotations[key])
-        found += [device_list.plain(name, place, privileged=spec.privileged, must_be_cdi=True) for name in names]
+        found += [device_list.plain(name, place, privileged=spec.privileged, must_be_cdi=True) for name in _once(names)]
     return found
 
 
@@ -201,13 +205,13 @@ def _imex_channels(spec: Spec, config: Config, warnings: list[str]) -> tuple[int
 
 def channels(names: list[str], origin: str) -> tuple[int, ...]:
     """As numbers, once each; RequestError names `origin` and the one that is none."""
+    names = list(dict.fromkeys(names))
+    if len(names) > _MAX_CHANNELS:  # before the others are read: an image can write a million
+        raise RequestError(f"{len(names)} IMEX channels in {origin}, more than {_MAX_CHANNELS}")
     for name in names:
         if not (name.isdecimal() and name.isascii() and len(name) < 8 and int(name) <= _MAX_CHANNEL):
             raise RequestError(f"`{name}` in {origin} is no IMEX channel", f"they are numbers from 0 to {_MAX_CHANNEL}")
-    numbers = tuple(dict.fromkeys(int(name) for name in names))
-    if len(numbers) > _MAX_CHANNELS:
-        raise RequestError(f"{len(numbers)} IMEX channels in {origin}, more than {_MAX_CHANNELS}")
-    return numbers
+    return tuple(dict.fromkeys(int(name) for name in names))
 
 
 def _has_mig_right(spec: Spec, right: str) -> bool:
@@ -246,21 +250,30 @@ def _from_env(env: dict[str, str], config: Config) -> tuple[list[str], str]:
     label = ", ".join(variables)
     if not any(name in env for name in variables) and _is_legacy_image(env):
         return ["all"], "CUDA_VERSION"
-    tokens = [token.strip() for name in variables for token in env.get(name, "").split(",")]
+    # Once each, before each is read: a variable can hold millions.
+    tokens = dict.fromkeys(token for name in variables for token in map(str.strip, env.get(name, "").split(",")))
     return [token for token in tokens if token], label
 
 
 def _decided(names: list[str]) -> tuple[str, ...]:
     """Once each; the first of `all` and `none` decides, but not for a device of another vendor, which we have not."""
-    found = tuple(dict.fromkeys(names))
+    found = _once(names)
     total = next((name for name in found if name in ("all", "none")), "")
     if total:
         unknown = next((name for name in found if "=" in name or name.startswith("cdi/")), "")
         if unknown:
             raise RequestError(f"unknown device `{unknown}` is asked for beside `{total}`", "leave it out")
         return (total,)
-    if len(found) > _MAX_DEVICES:
-        raise RequestError(f"{len(found)} devices are asked for, more than {_MAX_DEVICES}", "ask for `all`")
+    return tuple(found)
+
+
+def _once(names: Iterable[str]) -> dict[str, None]:
+    """In their order. RequestError for too many, as soon as that is known: a list may have a million."""
+    found: dict[str, None] = {}
+    for name in names:
+        found[name] = None
+        if len(found) > _MAX_DEVICES:
+            raise RequestError(f"more than {_MAX_DEVICES} devices are asked for", "ask for `all`")
     return found
 
 

@@ -22,6 +22,7 @@ from .errors import RequirementError
 
 _NAMES = ("cuda", "driver", "arch", "brand")
 _OPERATORS = ("!=", "<=", ">=", "=", "<", ">", "!")  # the longer ones first
+_MAX_TEXT = 32 << 10  # characters of all expressions; those of NVIDIA's images have five thousand
 _MAX_VERSION = 64  # characters; Python refuses to convert thousands of digits, and takes its time below that
 _ANYWAY = "set NVIDIA_DISABLE_REQUIRE=1 to start it anyway"
 
@@ -109,6 +110,11 @@ class _Term:
 
 def check(expressions: list[str] | tuple[str, ...], facts: Facts) -> None:
     """Return if all `expressions` hold; RequirementError names the first that does not, or is malformed."""
+    if not _are_short(expressions):
+        raise RequirementError(
+            f"the image's NVIDIA_REQUIRE_* variables have more than {_MAX_TEXT} characters",
+            f"shorten them, or {_ANYWAY}",
+        )
     for expression in expressions:
         failing = _failing(expression, facts)
         if failing:
@@ -118,10 +124,17 @@ def check(expressions: list[str] | tuple[str, ...], facts: Facts) -> None:
 def are_sure(expressions: list[str] | tuple[str, ...], facts: Facts) -> bool:
     """Whether all of them hold whatever else there may be to know; False says nothing, not even that they are well
     formed."""
+    if not _are_short(expressions):
+        return False
     try:
         return not any(_failing(expression, facts, unknown=False) for expression in expressions)
     except RequirementError:
         return False
+
+
+def _are_short(expressions: list[str] | tuple[str, ...]) -> bool:
+    """Whether they are read at all: each term takes its time, for each GPU."""
+    return sum(map(len, expressions)) <= _MAX_TEXT
 
 
 def _failing(expression: str, facts: Facts, *, unknown: bool = True) -> list[_Term]:

@@ -167,9 +167,16 @@ def _stand_by(task: Task, place: str, ends: list[int], runtime: int) -> None:
 
 
 def say(answer: int, status: int, said: list[str]) -> None:
-    """Write the answer: never more than a pipe takes, for nobody may be there to read it."""
-    text = "".join(f"{one_line(line)}\n" for line in said)
-    os.write(answer, f"{status}\n{text}".encode(errors="backslashreplace")[:_MAX_ANSWER])
+    """Write the answer: never more than a pipe takes, for nobody may be there to read it. The last lines are what counts."""
+    lines: list[bytes] = []
+    room = _MAX_ANSWER - len(f"{status}\n")
+    for line in reversed(said):
+        text = f"{one_line(line)}\n".encode()
+        room -= len(text)
+        if room < 0:
+            break
+        lines.append(text)
+    os.write(answer, b"".join([f"{status}\n".encode(), *reversed(lines)]))
 
 
 def be_called(name: str) -> None:

@@ -17,7 +17,7 @@ from nvhook import version as ours
 from nvhook.commands.containercli import options as containeroptions
 from nvhook.commands.containercli.log import Log
 from nvhook.commands.containercli.options import NAME, InputError
-from nvhook.errors import NvhookError
+from nvhook.errors import NvhookError, one_line
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ def _line(error: NvhookError) -> str:
 
 
 def _tell(log: Log, level: str, text: str) -> None:
-    print(f"{NAME}: {text}", file=sys.stderr)
+    print(one_line(f"{NAME}: {text}"), file=sys.stderr)
     log.write(level, text)
 
 
