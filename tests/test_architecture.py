@@ -230,7 +230,7 @@ trail = audit.Audit(settings, "hook")
 warnings = []
 asked = trail.read(described, warnings)
 if asked:
-    prestart.prepare(settings, asked, Container.root, Container.layout, warnings)
+    prestart.prepare(settings, asked, Container.root, Container.layout, warnings, start="name")
     trail.grant()
 assert not warnings, warnings
 names()

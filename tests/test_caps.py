@@ -101,8 +101,8 @@ CONFIG, MONITOR = f"{CAPS}1 236:1 400", f"{CAPS}2 236:2 444"
             id="both-of-all",
         ),
         pytest.param(
-            _request("1", channels=(0, 1048575)),
-            [f"{CHANNELS}0 237:0 666", f"{CHANNELS}1048575 237:1048575 666"],
+            _request("1", channels=(0, 2047)),
+            [f"{CHANNELS}0 237:0 666", f"{CHANNELS}2047 237:2047 666"],
             id="imex",
         ),
     ],

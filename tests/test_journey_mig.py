@@ -200,5 +200,5 @@ def test_imex_channels(shop: Workshop, hierarchy: tuple[str, ...]) -> None:
     script = f"""{TRY}
         cd /dev/nvidia-caps-imex-channels; stat -c '%n %t:%T %a' *; mknod channel5 c 236 5; try channel5
     """
-    shown = start(bundle, config, script, "0", NVIDIA_IMEX_CHANNELS="3,1048575")
-    assert shown == "channel1048575 ec:fffff 666\nchannel3 ec:3 666\nchannel5 denied\n"
+    shown = start(bundle, config, script, "0", NVIDIA_IMEX_CHANNELS="3,2047")
+    assert shown == "channel2047 ec:7ff 666\nchannel3 ec:3 666\nchannel5 denied\n"

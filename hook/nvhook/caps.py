@@ -14,7 +14,7 @@ import stat
 from . import mig
 from .errors import DeviceError, RequestError
 from .extras import Data, Extras, Node
-from .gpus import information, number
+from .gpus import imex_channel_count, information, number
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -34,7 +34,8 @@ def find(config: Config, request: Request, chosen: Selection, host: Gpus) -> Ext
     found = Extras()
     for name in _names(request, chosen, host):
         _add(found, config, host, name)
-    found.nodes += [_channel(config, host, number) for number in request.imex_channels]
+    count = imex_channel_count(config.proc_root) if request.imex_channels else 0
+    found.nodes += [_channel(config, host, number, count) for number in request.imex_channels]
     return found
 
 
@@ -70,12 +71,18 @@ def _add(found: Extras, config: Config, host: Gpus, name: str) -> None:
         found.nodes.append(Node(node, host.majors["nvidia-caps"], minor, (0, 0, mode & 0o777)))
 
 
-def _channel(config: Config, host: Gpus, number: int) -> Node:
+def _channel(config: Config, host: Gpus, number: int, count: int) -> Node:
+    """`count`: how many channels the driver has."""
     major = host.majors.get(_CHANNELS)
     if major is None:
         raise DeviceError(
             f"IMEX channel {number} is asked for and the driver has none: no `{_CHANNELS}` in /proc/devices",
             "channels need an NVLink domain of several hosts, and driver 550 or newer",
+        )
+    if number >= count:
+        raise RequestError(
+            f"IMEX channel {number} is asked for and the driver has {count}, numbered from 0",
+            "`NVreg_ImexChannelCount` of the nvidia module sets how many there are",
         )
     path = f"/dev/{_CHANNELS}/channel{number}"
     if config.imex_channels_of_host_only and not _is_node(config, path, os.makedev(major, number)):

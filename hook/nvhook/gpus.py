@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 _MAX_VERSION = 64  # characters
 _MAJOR_BITS, _MINOR_BITS = 12, 20
+_IMEX_CHANNELS = 2048  # that the kernel module has unless its administrator says otherwise
 _LOAD_HINT = "load it with `modprobe nvidia`, or install the NVIDIA driver on this host"
 
 
@@ -247,6 +248,16 @@ def _node_owner(proc: str) -> tuple[int, int, int]:
         )
     except (DeviceError, ValueError):  # what nvidia-modprobe falls back to as well
         return 0, 0, 0o666
+
+
+def imex_channel_count(proc_root: str) -> int:
+    """How many IMEX channels the kernel module has, from 0 on; 2048, its default, where it does not say."""
+    try:
+        text = information(os.path.join(proc_root, "proc/driver/nvidia/params")).get("ImexChannelCount", "")
+    except DeviceError:
+        text = ""
+    count = number(text)
+    return count if count >= 0 else _IMEX_CHANNELS
 
 
 def _read(path: str) -> str:

@@ -3,8 +3,8 @@
 
     prestart    the main job (prestart.py)
     cdi         what an engine cannot do that injects by CDI (cdihook.py)
-    poststop    take away what it left in the root filesystem (cleanup.py)
-    poststart   nothing
+    poststart   keep what was made on the host for it (kmods.py)
+    poststop    take away what it left in the root filesystem (cleanup.py), and on the host if it never ran
 
 Each stage imports what it needs: an interpreter at the end of a container costs its user nothing but time.
 """
@@ -15,11 +15,17 @@ import sys
 
 from .errors import NvhookError, one_line
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from .config import Config
+    from .kmods import Made
+
 _USAGE = """\
 usage: nvidia-container-runtime-hook [--config FILE] [--no-audit] prestart
-       nvidia-container-runtime-hook [--config FILE | --state-dir DIR] poststop
+       nvidia-container-runtime-hook [--config FILE | --state-dir DIR] [--made] poststop
+       nvidia-container-runtime-hook [--config FILE] [--made] poststart
        nvidia-container-runtime-hook cdi ARGUMENTS    (as `nvhook cdi generate` writes them)
-       nvidia-container-runtime-hook poststart | --version
+       nvidia-container-runtime-hook --version
 """
 
 
@@ -47,6 +53,8 @@ def main(arguments: list[str], default_config: str) -> int:
             from . import cdihook
 
             cdihook.run(arguments[1:], default_config, warnings)
+        elif command == "poststart" and "made" in options:
+            _poststart(options, default_config, warnings)
         elif command == "poststop":
             _poststop(options, default_config, warnings)
         return 0
@@ -71,7 +79,7 @@ def _parse(arguments: list[str]) -> tuple[str, dict[str, str]]:
             options[name] = value if equals else next(words, "")
             if not options[name]:
                 raise _Usage
-        elif name == "no-audit":  # the wrapper has written who got what
+        elif name in ("no-audit", "made"):  # the wrapper has written who got what, has made nodes on the host
             options[name] = ""
         elif name == "version":
             command = "version"
@@ -95,16 +103,41 @@ def _prestart(options: dict[str, str], default_config: str, warnings: list[str])
         raise
 
 
+def _poststart(options: dict[str, str], default_config: str, warnings: list[str]) -> None:
+    """The container runs, and a fault of ours is no reason to end it."""
+    from . import config, spec
+
+    try:
+        settings = config.load(options.get("config", default_config), must_exist="config" in options)
+        made = _made(settings, spec.read_stdin(sys.stdin.fileno()))
+        if made:
+            made.keep()
+    except NvhookError as error:
+        warnings.append(str(error))
+
+
+def _made(settings: Config, state: bytes) -> Made | None:
+    """What the start of the container of `state` has made on the host that is still provisional."""
+    from . import kmods, spec
+
+    return kmods.made_by(settings, spec.parse_state(state, is_alive=False).id)
+
+
 def _poststop(options: dict[str, str], default_config: str, warnings: list[str]) -> None:
     from . import spec
 
     directory = options.get("state-dir", "")
     try:
+        state = spec.read_stdin(sys.stdin.fileno())
         if not directory:
             from . import config  # only where no wrapper has said it
 
-            directory = config.load(options.get("config", default_config), must_exist="config" in options).state_dir
-        poststop(directory, spec.read_stdin(sys.stdin.fileno()), warnings)
+            settings = config.load(options.get("config", default_config), must_exist="config" in options)
+            directory = settings.state_dir
+            made = _made(settings, state) if "made" in options else None
+            if made:
+                made.take_back()
+        poststop(directory, state, warnings)
     except NvhookError as error:
         warnings.append(str(error))
 

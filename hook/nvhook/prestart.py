@@ -76,7 +76,7 @@ def serve(
     if ahead:
         ahead.expect_same_driver(config)
     if ahead is None or not ahead.fits(config, asked, container.root, container.layout):
-        ahead = prepare(config, asked, container.root, container.layout, warnings)
+        ahead = prepare(config, asked, container.root, container.layout, warnings, start=state.id)
     if trail:
         trail.chosen = ahead.chosen
     edits = ahead.edits
@@ -93,11 +93,14 @@ def serve(
             change(config, container, edits, closed)
         except BaseException:
             cleanup.forget(container)
+            ahead.take_back()
             raise
         if container.directory:
             _note(container.directory, container, edits, warnings)
     if trail:
         trail.grant()
+    if trail and ahead.made:  # without the wrapper no hook comes when the container's program runs
+        ahead.made.keep()
 
 
 def _register(state: spec.State, container: Container, warnings: list[str]) -> container_dir.ContainerDirectory | None:
@@ -127,9 +130,12 @@ def _note(
 
 
 class Preparation:
-    """`edits` for what was `chosen`, their sources open, made for a root filesystem that may turn out to be another."""
+    """`edits` for what was `chosen`, their sources open, made for a root filesystem that may turn out to be another.
 
-    __slots__ = ("_compat", "_gpus", "_layout", "chosen", "edits")
+    `made`: what was made for it on the host, until the start has succeeded.
+    """
+
+    __slots__ = ("_compat", "_gpus", "_layout", "chosen", "edits", "made")
 
     def __init__(
         self,
@@ -138,7 +144,9 @@ class Preparation:
         layout: containers.Layout,
         compatible: str,
         gpus: Gpus,
+        made: kmods.Made | None,
     ) -> None:
+        self.made = made
         self.edits = edits
         self.chosen = chosen
         self._layout = layout
@@ -150,6 +158,11 @@ class Preparation:
         compatible = compat.find(config, asked, root, self._gpus.driver_version, self.chosen.brands, [])
         is_same = layout.describe() == self._layout.describe() and compatible == self._compat
         return is_same and not any(edit.is_gone() for edit in self.edits)
+
+    def take_back(self) -> None:
+        """The start has failed."""
+        if self.made:
+            self.made.take_back()
 
     def expect_same_driver(self, config: Config) -> None:
         """DriverError for another kernel module than then: its devices have other numbers than those in the spec."""
@@ -168,10 +181,12 @@ def prepare(
     warnings: list[str],
     *,
     found: tuple[Gpus, Selection] | None = None,
+    start: str,
 ) -> Preparation:
     """All that is done on the host. An inventory that names a file which has gone is made again, once.
 
-    `found`: what the caller has found out about the GPUs for this request.
+    `found`: what the caller has found out about the GPUs for this request. `start`: the container's id, as kmods.py
+    has it.
     """
     if found:
         gpus, chosen = found
@@ -182,16 +197,22 @@ def prepare(
     for again in (False, True):
         driver = inventory.load(config, gpus.driver_version, warnings, again=again)
         edits = draw(config, asked, gpus, chosen, driver, layout, compatible, warnings)
-        kmods.make_nodes(config, [edit for edit in edits if isinstance(edit, editing.Device)], warnings)
+        nodes = [edit for edit in edits if isinstance(edit, editing.Device)]
+        made = kmods.make_nodes(config, nodes, warnings, start)
         try:
             _prepare(edits, config, root)
             fitness.check(config, asked, driver, root, layout, compatible, warnings)
+            ahead = Preparation(edits, chosen, layout, compatible, gpus, made)
+            ahead.expect_same_driver(config)
+            return ahead
         except editing.SourceGone as gone:
             lost = str(gone)
-            continue
-        made = Preparation(edits, chosen, layout, compatible, gpus)
-        made.expect_same_driver(config)
-        return made
+        except BaseException:
+            if made:
+                made.take_back()
+            raise
+    if made:
+        made.take_back()
     raise DriverError(f"`{lost}` disappeared while the container was prepared", "reinstall the driver")
 
 

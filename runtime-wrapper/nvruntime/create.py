@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
     from nvhook.audit import Audit
     from nvhook.config import Config
+    from nvhook.edits import Device
+    from nvhook.spec import Json
 
     from . import standby
 
@@ -109,12 +111,23 @@ def ready(
         then(call)
         return True
     except NvhookError as error:
+        if trail and trail.chosen:
+            _take_back(config, call.arguments[-1])
         log.warn(warnings)
         if trail:
             trail.refuse(str(error))
         log.write("error", str(error))  # the last one: engines show it
         said.append(f"{_PROGRAM}: {error}")
     return False
+
+
+def _take_back(config: Config, start: str) -> None:
+    """What was made on the host, where the low-level runtime is not executed."""
+    from nvhook import kmods
+
+    made = kmods.made_by(config, start)
+    if made:
+        made.take_back()
 
 
 def become(call: Call) -> None:
@@ -162,7 +175,22 @@ def edit(
         (stay or standby.leave)(waiting)  # a process of its own works while we do the rest
     extras = [caps.find(config, asked, chosen, gpus), features.find(config, asked, warnings)]
     nodes = plan.devices(asked, chosen.gpus, gpus, dri.find(config, asked, chosen.gpus), extras)
-    kmods.make_nodes(config, nodes, warnings)
+    made = kmods.make_nodes(config, nodes, warnings, call.arguments[-1])
+    _complete(call, config, document, nodes, waiting, is_provisional=made is not None)
+    bundle.write(place, document, status)
+
+
+def _complete(
+    call: Call,
+    config: Config,
+    document: Json,
+    nodes: list[Device],
+    waiting: standby.Waiting | None,
+    *,
+    is_provisional: bool,
+) -> None:
+    """Rules, groups and hooks. What was made on the host and `is_provisional` stays when the container's program runs
+    (poststart), and goes when the container is deleted before that (poststop)."""
     if not config.no_cgroups:
         bundle.add_device_rules(document, [node.rule() for node in nodes])
     if not config.no_additional_gids:
@@ -172,12 +200,14 @@ def edit(
         bundle.add_hook(document, "prestart", _STANDBY_HOOK, ["--standby", waiting.place, *which], HOOK_ENV)
     else:
         bundle.add_hook(document, "prestart", call.hook, which, HOOK_ENV)
-    if call.reserve:
+    if is_provisional:
+        bundle.add_hook(document, "poststart", call.hook, ["--made", *which], HOOK_ENV)
+        bundle.add_hook(document, "poststop", call.hook, ["--made", *which], HOOK_ENV)
+    elif call.reserve:
         clean = ["--reserve", call.reserve, "--state-dir", config.state_dir]
         bundle.add_hook(document, "poststop", _STANDBY_HOOK, clean, HOOK_ENV)
     else:
         bundle.add_hook(document, "poststop", call.hook, ["--state-dir", config.state_dir], HOOK_ENV)
-    bundle.write(place, document, status)
 
 
 class Log:

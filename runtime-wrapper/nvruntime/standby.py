@@ -153,6 +153,7 @@ def _stand_by(task: Task, place: str, ends: list[int], runtime: int) -> None:
     # The hook has opened what it needs. From here on there is no name of ours, whatever becomes of us.
     _remove(place)
     if not asked:
+        _take_back(task)
         return
     status = 0
     try:
@@ -209,7 +210,8 @@ def _prepare(task: Task, said: list[str]) -> tuple[Preparation | None, NvhookErr
         try:
             found = task.gpus, task.chosen
             layout = container.layout(root)
-            return prestart.prepare(task.config, task.asked, root, layout, warnings, found=found), None
+            ahead = prestart.prepare(task.config, task.asked, root, layout, warnings, found=found, start=task.id)
+            return ahead, None
         finally:
             os.close(root.fd)  # an engine that gives up takes its file system away
     except OSError:
@@ -230,12 +232,26 @@ def _serve(task: Task, ask: int, ahead: Preparation | None, fault: NvhookError |
     if os.path.realpath(state.bundle) != os.path.realpath(task.bundle):
         raise SpecError(f"`{state.bundle}` is not `{task.bundle}`")
     if fault:
+        _take_back(task)
         raise fault
     warnings: list[str] = []
     try:
         prestart.serve(task.config, task.described, task.asked, state, ahead, warnings)
+    except NvhookError:
+        if ahead:
+            ahead.take_back()
+        raise
     finally:
         said += [f"warning: {warning}" for warning in warnings]
+
+
+def _take_back(task: Task) -> None:
+    """What the wrapper has made on the host for this start, which has failed."""
+    from nvhook import kmods
+
+    made = kmods.made_by(task.config, task.id)
+    if made:
+        made.take_back()
 
 
 def sweep(parent: str, *, but: str = "") -> None:

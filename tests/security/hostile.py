@@ -169,7 +169,7 @@ class Place:
         settings = config.load(str(self.settings))
         asked = request.read(self._spec(), settings)
         assert asked is not None
-        return prestart.prepare(settings, asked, container.root, container.layout, []).edits
+        return prestart.prepare(settings, asked, container.root, container.layout, [], start="").edits
 
     def _spec(self) -> spec.Spec:
         return spec.Spec(

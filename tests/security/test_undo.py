@@ -59,7 +59,7 @@ def break_at_every(output):
         if child == 0:
             asked = request.read(described, settings, [])
             place = container.find(state.pid, described.rootfs)
-            wanted = prestart.prepare(settings, asked, place.root, place.layout, []).edits
+            wanted = prestart.prepare(settings, asked, place.root, place.layout, [], start="").edits
             for edit in wanted:
                 edit.examine(place)
             place.enter()

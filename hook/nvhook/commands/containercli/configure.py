@@ -53,7 +53,7 @@ def _apply(
     options: argparse.Namespace, config: Config, asked: Request, warnings: list[str], trail: audit.Audit, log: Log
 ) -> None:
     place = container.find(options.pid, options.rootfs) if options.pid else container.here(options.rootfs)
-    ahead = prestart.prepare(config, asked, place.root, place.layout, warnings)
+    ahead = prestart.prepare(config, asked, place.root, place.layout, warnings, start=options.rootfs)
     trail.chosen = ahead.chosen
     nodes = [edit for edit in ahead.edits if isinstance(edit, Device)]
     edits = [edit for edit in ahead.edits if not _is_left_out(options, edit)]
@@ -62,8 +62,14 @@ def _apply(
     if nodes and not options.pid and not options.no_cgroups:
         warnings.append("the device cgroup is the caller's own without --pid, and stays as it is; say --no-cgroups")
     place.lock = container_dir.lock_without_note(config.state_dir, place)
-    with place.lock:
-        prestart.change(config, place, edits, nodes if options.pid else [])
+    try:
+        with place.lock:
+            prestart.change(config, place, edits, nodes if options.pid else [])
+    except BaseException:
+        ahead.take_back()
+        raise
+    if ahead.made:
+        ahead.made.keep()
 
 
 def _is_left_out(options: argparse.Namespace, edit: Edit) -> bool:
