@@ -120,7 +120,7 @@ def make_nodes(config: Config, nodes: Sequence[Device], warnings: list[str], sta
     """
     root = config.dev_root.rstrip("/")
     ours = [node for node in nodes if node.path.startswith("/dev/nvidia")]
-    places = [(root + node.path, node, _make_node) for node in ours]
+    places: list[Place] = [(root + node.path, node, _make_node) for node in ours]
     places += [(f"{root}/dev/char/{node.major}:{node.minor}", node, _make_link) for node in ours]
     unsettled = [place for place in places if not _is_settled(place[0])]
     # The numbers are those of the /proc that was read: a /dev that goes with another one is left alone.
@@ -134,7 +134,7 @@ def make_nodes(config: Config, nodes: Sequence[Device], warnings: list[str], sta
     unsettled = [place for place in unsettled if may_make[place[2]]]
     if not unsettled:
         return None
-    umask = os.umask(0o022)
+    umask = os.umask(0)
     try:
         lock = _lock(config)
         with _Locked(lock):
@@ -207,45 +207,36 @@ def _settle(places: list[Place], mark: int, warnings: list[str]) -> list[str]:
 
 def _make_directory(path: str) -> bool:
     """Whether there was none."""
-    try:
-        os.mkdir(path, 0o755)
-    except FileNotFoundError:
-        os.makedirs(path, 0o755)  # in tests: a machine has a /dev
-    except FileExistsError:
-        if not os.path.isdir(path):
-            raise
+    if os.path.isdir(path):
         return False
+    _make_directory(os.path.dirname(path))
+    os.mkdir(path, 0o755)  # os.makedirs() would let everybody write the ones above it
     return True
 
 
 def _make_node(path: str, node: Device, mark: int) -> bool:
     """Whether there was none. It is there with all that it has, or not at all."""
-    if os.path.lexists(path):
-        return False
-    beside = _beside(path)
-    os.mknod(beside, stat.S_IFCHR | node.mode, os.makedev(node.major, node.minor))
-    os.chmod(beside, node.mode)  # whatever the umask
-    os.chown(beside, node.uid, node.gid)
-    return _publish(beside, path, mark)
+    return not os.path.lexists(path) and _publish(path, mark, lambda beside: _new_node(beside, node))
 
 
 def _make_link(path: str, node: Device, mark: int) -> bool:
-    if os.path.lexists(path):
-        return False
-    beside = _beside(path)
-    os.symlink("../" + node.path.removeprefix("/dev/"), beside)
-    return _publish(beside, path, mark)
+    target = "../" + node.path.removeprefix("/dev/")
+    return not os.path.lexists(path) and _publish(path, mark, lambda beside: os.symlink(target, beside))
 
 
-def _beside(path: str) -> str:
-    """A name that is free: one process makes nodes at a time, and one that was killed may have left it."""
+def _new_node(path: str, node: Device) -> None:
+    os.mknod(path, stat.S_IFCHR | node.mode, os.makedev(node.major, node.minor))
+    if (node.uid, node.gid) != (0, 0):
+        os.chown(path, node.uid, node.gid)
+
+
+def _publish(path: str, mark: int, make: Callable[[str], None]) -> bool:
     beside = f"{path}.new"
-    if os.path.lexists(beside):
-        os.unlink(beside)
-    return beside
-
-
-def _publish(beside: str, path: str, mark: int) -> bool:
+    try:
+        make(beside)
+    except FileExistsError:
+        os.unlink(beside)  # of a process that was killed: one makes nodes at a time
+        make(beside)
     try:
         if mark:
             _set_mark(beside, mark)
@@ -301,7 +292,11 @@ class _Locked:
 
 
 def _lock(config: Config) -> int:
-    os.makedirs(config.state_dir, 0o755, exist_ok=True)
+    umask = os.umask(0o022)
+    try:
+        os.makedirs(config.state_dir, 0o755, exist_ok=True)
+    finally:
+        os.umask(umask)
     flags = os.O_CREAT | os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC
     return os.open(os.path.join(config.state_dir, _LOCK), flags, 0o600)
 

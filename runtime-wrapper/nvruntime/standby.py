@@ -168,7 +168,7 @@ def _stand_by(task: Task, place: str, ends: list[int], runtime: int) -> None:
 
 
 def say(answer: int, status: int, said: list[str]) -> None:
-    """Write the answer: never more than a pipe takes, for nobody may be there to read it. The last lines are what counts."""
+    """Write the answer: the last lines, and never more than a pipe takes, for nobody may be there to read it."""
     lines: list[bytes] = []
     room = _MAX_ANSWER - len(f"{status}\n")
     for line in reversed(said):

@@ -7,7 +7,7 @@ from __future__ import annotations
 import os
 import stat
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -52,8 +52,8 @@ class Host:
 
 
 @pytest.fixture
-def host(shop: Workshop) -> Iterator[Host]:
-    yield Host(shop)
+def host(shop: Workshop) -> Host:
+    return Host(shop)
 
 
 def _channels(count: int, first: int = 0) -> str:
