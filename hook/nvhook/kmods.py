@@ -16,7 +16,7 @@ host that `dev-root` or `proc-root` put elsewhere is not the one whose kernel we
 Which nodes are made is an image's choice where it lists IMEX channels, and each takes memory of the kernel's. So what a
 start makes is provisional until that start has succeeded: its modification time, some minutes after 1970, is the mark
 of the start. Any process of that start finds by it what the start has made, and takes it away when the start fails. A
-start that relies on what another one has made sets the time to now, and it stays.
+start that relies on what another one has made sets the time to now, and it stays, whatever becomes of the two.
 """
 
 from __future__ import annotations
@@ -127,11 +127,10 @@ def make_nodes(config: Config, nodes: Sequence[Device], warnings: list[str], sta
     is_one_host = config.dev_root != "/" or config.proc_root == "/"
     if not unsettled or not is_one_host or not _is_allowed(config):
         return None
-    may_make = {
-        _make_node: _may_modify(config.proc_root),
-        _make_link: os.path.isdir(f"{root}/dev/char"),  # else nobody keeps it, and there is no systemd
-    }
-    unsettled = [place for place in unsettled if may_make[place[2]]]
+    if not _may_modify(config.proc_root):
+        unsettled = [place for place in unsettled if place[2] is not _make_node]
+    if not os.path.isdir(f"{root}/dev/char"):  # then nobody keeps the links, and there is no systemd
+        unsettled = [place for place in unsettled if place[2] is not _make_link]
     if not unsettled:
         return None
     umask = os.umask(0)
@@ -231,7 +230,8 @@ def _new_node(path: str, node: Device) -> None:
 
 
 def _publish(path: str, mark: int, make: Callable[[str], None]) -> bool:
-    beside = f"{path}.new"
+    directory, name = os.path.split(path)
+    beside = f"{directory}/.{name}.new"  # which nobody takes for a GPU
     try:
         make(beside)
     except FileExistsError:

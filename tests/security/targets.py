@@ -22,10 +22,12 @@ from hypothesis import strategies as st
 
 from conftest import DEVICES, HOSTS, VERSION_LINE
 from nvhook import (
+    audit,
     caps,
     cleanup,
     compat,
     dri,
+    errors,
     gpus,
     inventory,
     mig,
@@ -96,6 +98,32 @@ def _file(name: str, content: bytes) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(content)
     return path
+
+
+# Messages
+
+
+@_target(
+    st.tuples(
+        mutations.text(
+            ["`x` is none", '\\x1b \\u2028 \\U000e0001 "\\'], ["\U000e0001", "\x1b", '"', "\\", "\udcff", "é"]
+        ),
+        st.integers(200, errors.MAX_LINE),
+        st.sampled_from((1, 7, 3000)),
+    )
+)
+def lines(value: tuple[str, int, int]) -> None:
+    text, most, times = value
+    text = (text * times)[: 1 << 20]
+    line = errors.one_line(text, most)
+    assert line.isprintable()
+    assert len(quickjson.dumps(line)) <= most + 2
+    assert errors.one_line(line, most) == line
+    error = errors.RequestError(text, "the remedy")
+    assert str(error).endswith("; the remedy")
+    for entry in (audit.entry("error", str(error)), audit.entry("error", text, as_json=True)):
+        assert len(entry) <= 8192
+        assert entry.count(b"\n") == 1
 
 
 # The linker cache and libraries
@@ -480,7 +508,8 @@ _INFORMATION = (
 _CAPABILITY = "DeviceFileMinor: 3\nDeviceFileMode: 256\nDeviceFileModify: 1\n"
 _PROC_FILES = {
     "proc/driver/nvidia/version": VERSION_LINE,
-    "proc/driver/nvidia/params": "DeviceFileUID: 0\nDeviceFileGID: 0\nDeviceFileMode: 438\nModifyDeviceFiles: 1\n",
+    "proc/driver/nvidia/params": "DeviceFileUID: 0\nDeviceFileGID: 0\nDeviceFileMode: 438\nModifyDeviceFiles: 1\n"
+    "ImexChannelCount: 2048\n",
     "proc/driver/nvidia/registry": 'Binary: ""\n',
     "proc/driver/nvidia/gpus/0000:07:00.0/information": _INFORMATION,
     "proc/driver/nvidia/capabilities/gpu0/mig/gi7/access": _CAPABILITY,
@@ -524,6 +553,7 @@ def proc_files(value: tuple[dict[str, str], list[str], list[str]]) -> None:
         str(_file("host.toml", f"[nvhook]\nproc-root = '{top}'\ndev-root = '{top}'\n".encode()))
     )
     asked = request.Request(("all",), configuration.CAPABILITIES, (), "", imex_channels=(0,), mig_rights=("config",))
+    assert 0 <= gpus.imex_channel_count(str(top)) < 1 << 20
     with contextlib.suppress(NvhookError):
         mig.instances(str(top / "proc"))
         procfs.read(str(top))

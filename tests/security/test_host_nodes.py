@@ -5,6 +5,7 @@ fails. Real containers on a simulated GB200-like host, whose /dev has /dev/char 
 from __future__ import annotations
 
 import os
+import shutil
 import stat
 import subprocess
 from collections.abc import Callable
@@ -12,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from containers import Workshop
+from containers import HOOK, Workshop
 from nvhook import config as configuration
 from nvhook import kmods
 from nvhook.config import Config
@@ -123,6 +124,47 @@ def test_start_that_fails_leaves_nothing(host: Host, words: tuple[str, ...], dam
     status, _ = host.run(_channels(64), *words, damage=damage)
     assert status != 0
     assert host.added() == set()
+
+
+@pytest.mark.parametrize("damage", [None, _no_library_directory], ids=["good", "bad"])
+def test_hook_without_the_wrapper(host: Host, damage: Callable[[Path], object] | None) -> None:
+    """As with dockerd's --gpus: the hook alone makes nodes, and knows whether it has succeeded."""
+    bundle = host.shop.bundle()
+    hook = {"path": str(HOOK), "args": [HOOK.name, "--config", str(host.config), "prestart"], "env": ["PATH=/bin"]}
+    bundle.config["hooks"] = {"prestart": [hook]}
+    bundle.write(["/bin/true"], {"NVIDIA_VISIBLE_DEVICES": "all", CHANNELS: "3"})
+    if damage:
+        damage(bundle.rootfs)
+    result = bundle.run(None, wrapper=Path(shutil.which("runc") or "runc"))
+    assert (result.returncode == 0) == (damage is None)
+    assert ("nvidia-caps-imex-channels/channel3" in host.added()) == (damage is None)
+    if damage:
+        assert host.added() == set()
+    assert kmods.made_by(configuration.load(str(host.config)), bundle.id) is None
+
+
+@pytest.mark.parametrize("which", ["the-one-that-fails-first", "the-one-that-succeeds-first"])
+def test_two_starts_at_once(host: Host, which: str) -> None:
+    """Both need /dev/nvidia-uvm: one of them makes it and fails, the other runs with it."""
+    bundles = [host.shop.bundle(), host.shop.bundle()]
+    for bundle, words in zip(bundles, (["/nowhere"], ["/bin/sleep", "60"])):
+        bundle.write(words, {"NVIDIA_VISIBLE_DEVICES": "all"})
+    fails, runs = bundles
+    settings = configuration.load(str(host.config))
+    # The first has made its nodes and has not yet failed when the second one starts.
+    warnings: list[str] = []
+    if which == "the-one-that-fails-first":
+        assert kmods.make_nodes(settings, [UVM], warnings, fails.id)
+    output = host.place / "output"
+    try:
+        assert (
+            runs.call(host.config, "run", "-d", "--bundle", str(runs.directory), runs.id, output=output).returncode == 0
+        )
+        assert fails.run(host.config).returncode != 0
+        assert {"nvidia-uvm", "char/511:0"} <= host.added()
+    finally:
+        runs.delete()
+    assert warnings == []
 
 
 def test_start_that_succeeds_keeps_its_nodes(host: Host) -> None:
@@ -265,7 +307,7 @@ def test_nodes_made_for_nobody_stay(settings: Config) -> None:
 
 
 def test_half_made_node_of_a_process_that_was_killed(settings: Config) -> None:
-    beside = Path(settings.dev_root, "dev/nvidia-uvm.new")
+    beside = Path(settings.dev_root, "dev/.nvidia-uvm.new")
     beside.touch()
     assert _make(settings, "first", UVM)
     assert _there(settings) == {"nvidia-uvm", "char/511:0"}
