@@ -17,7 +17,7 @@ from .commands.doctor import snapshot
 from .commands.explain import command as explain
 from .commands.info import command as info
 from .commands.info import listing
-from .errors import NvhookError
+from .errors import NvhookError, one_line
 from .version import VERSION
 
 _COMMANDS = (
@@ -60,7 +60,7 @@ def main(arguments: list[str], default_config: str) -> int:
         return 1
     finally:
         for warning in warnings:
-            print(f"nvhook: warning: {warning}", file=sys.stderr)
+            print(one_line(f"nvhook: warning: {warning}"), file=sys.stderr)
 
 
 def console() -> int:

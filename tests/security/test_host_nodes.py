@@ -147,7 +147,7 @@ def test_hook_without_the_wrapper(host: Host, damage: Callable[[Path], object] |
 def test_two_starts_at_once(host: Host, which: str) -> None:
     """Both need /dev/nvidia-uvm: one of them makes it and fails, the other runs with it."""
     bundles = [host.shop.bundle(), host.shop.bundle()]
-    for bundle, words in zip(bundles, (["/nowhere"], ["/bin/sleep", "60"])):
+    for bundle, words in zip(bundles, (["/nowhere"], ["/bin/sleep", "60"]), strict=True):
         bundle.write(words, {"NVIDIA_VISIBLE_DEVICES": "all"})
     fails, runs = bundles
     settings = configuration.load(str(host.config))
