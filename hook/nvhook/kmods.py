@@ -25,6 +25,7 @@ import fcntl
 import os
 import stat
 
+from . import state_dir
 from .errors import DeviceError, reason
 from .linux import userns
 
@@ -292,13 +293,12 @@ class _Locked:
 
 
 def _lock(config: Config) -> int:
-    umask = os.umask(0o022)
+    directory = state_dir.open_directory(config.state_dir)
     try:
-        os.makedirs(config.state_dir, 0o755, exist_ok=True)
+        flags = os.O_CREAT | os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC
+        return os.open(_LOCK, flags, 0o600, dir_fd=directory)
     finally:
-        os.umask(umask)
-    flags = os.O_CREAT | os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC
-    return os.open(os.path.join(config.state_dir, _LOCK), flags, 0o600)
+        os.close(directory)
 
 
 def _is_allowed(config: Config) -> bool:
