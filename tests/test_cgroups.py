@@ -744,3 +744,50 @@ def test_allow_v2_under_runc(tmp_path: Path, arguments: list[str], allowed: str)
         assert done.stdout == "null\n"
 
     in_own_mounts(run)
+
+
+# What is written to is a control group
+
+
+@pytest.mark.root
+@pytest.mark.usefixtures("root")
+@pytest.mark.parametrize("name", ["devices.allow", "devices.deny"])
+def test_allow_v1_writes_into_no_other_file(tmp_path: Path, name: str) -> None:
+    """Something else is mounted on the file of the control group."""
+    other = tmp_path / "other"
+    other.touch()
+
+    def work(place: Place) -> None:
+        before = (place.cgroup / "devices.list").read_text()
+        mounts = cgroups.mounted_at(Path("/proc/self/mountinfo").read_text(), 1, f"/{place.cgroup.name}")
+        for _, directory in mounts:
+            kernel.mount(str(other), f"{directory}/{name}", None, kernel.MS_BIND)
+        try:
+            with pytest.raises(OSError, match=f"{name}`: not in a cgroup file system of version 1"):
+                place.allow(Rule("c", MAJOR, 0, "rw"))
+        finally:
+            for _, directory in mounts:
+                kernel.umount2(f"{directory}/{name}", kernel.MNT_DETACH)
+        assert other.read_text() == ""
+        assert before == (place.cgroup / "devices.list").read_text()
+
+    with_v1(tmp_path, work)
+
+
+@pytest.mark.root
+@pytest.mark.parametrize("version", [1, 2])
+def test_directory_that_is_no_cgroup(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, version: int) -> None:
+    """A mountinfo that is made up names one."""
+    held = os.open(tmp_path, os.O_RDONLY)
+    try:
+        with pytest.raises(OSError, match=f"`name`: not in a cgroup file system of version {version}"):
+            cgroups._prove(held, version, "name")
+    finally:
+        os.close(held)
+    made_up = f"1 1 0:1 / {tmp_path} rw - " + ("cgroup none rw,devices" if version == 1 else "cgroup2 none rw")
+    own = cgroups._own
+    read = {"mountinfo": made_up, "cgroup": "5:devices:/own\n0::/own\n"}
+    monkeypatch.setattr(cgroups, "_own", lambda name: read.get(name) or f"mnt_id:\t1\n{own(name)}")
+    (tmp_path / "x").mkdir()
+    with pytest.raises(OSError, match=f"`{tmp_path}/x`: not in a cgroup file system of version {version}"):
+        cgroups._open_cgroup(version, "/x", [])

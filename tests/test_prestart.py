@@ -72,8 +72,6 @@ def test_nothing_is_imported_or_looked_up_after_the_entry(
     result = bundle.run(None, wrapper=Path(runc))
     assert "DONE" in result.stderr, result.stderr
     assert "IMPORT" not in result.stderr
-    # ldconfig is run from a descriptor; only the processes' own descriptors have a path.
-    for line in result.stderr.split("\\n"):
-        assert "OPEN" not in line or "OPEN /proc/self/fd/" in line, line
+    assert "OPEN" not in result.stderr
     assert "os.system" not in result.stderr
     assert "subprocess" not in result.stderr

@@ -12,6 +12,7 @@ import os
 from .container_dir import Unlocked
 from .errors import SLOW_TREE, ContainerError, reason
 from .linux import identity, kernel, mountinfo, userns
+from .linux import proc as procfs
 from .linux.root import DIRECTORY, OutOfTimeError, Root
 
 # For all look-ups in the container's tree from `find` to the last edit, and for ldconfig, whose own limit is 10 s. With
@@ -58,6 +59,7 @@ class Container:
     """Descriptors of one container; `rootfs` is the root filesystem's path on the host, for messages and ldconfig.
 
     proc          /proc/<pid> of its first process: the same process however often the number is used again
+    names         names of our descriptors in a proved procfs, for system calls that take no descriptor
     uid, gid      who root in the container is on the host
     in_userns     device nodes made here could not be opened: its filesystems belong to a user namespace
     rootless      we are in a user namespace ourselves: the machine's cgroups are not ours to change
@@ -68,7 +70,6 @@ class Container:
     """
 
     __slots__ = (
-        "_fdinfo",
         "_namespace",
         "_shared",
         "directory",
@@ -77,6 +78,7 @@ class Container:
         "in_userns",
         "layout",
         "lock",
+        "names",
         "proc",
         "root",
         "rootfs",
@@ -112,7 +114,7 @@ class Container:
         self.host_identity = host_identity
         self.lock: Lock | Unlocked = Unlocked()
         self.directory: ContainerDirectory | None = None
-        self._fdinfo = os.open("/proc/self/fdinfo", DIRECTORY)
+        self.names = procfs.Names()
 
     def enter(self) -> None:
         """Into the container's mount namespace, for good; files are made as the container's root from here on.
@@ -131,14 +133,7 @@ class Container:
 
     def shares(self, fd: int) -> bool:
         """Whether a mount on what this descriptor is of would show up outside of the container as well."""
-        if not self._shared:
-            return False
-        info = os.open(str(fd), os.O_RDONLY | os.O_CLOEXEC, dir_fd=self._fdinfo)
-        try:
-            _, _, rest = os.read(info, 4096).partition(b"mnt_id:")
-        finally:
-            os.close(info)
-        return int(rest.split()[0]) in self._shared
+        return bool(self._shared) and self.names.mount_id(fd) in self._shared
 
     def be_container(self) -> None:
         """Files are made as the container's root: in a user namespace one of the host's root fails with EOVERFLOW."""
@@ -161,9 +156,11 @@ def find(pid: int, path: str) -> Container:
     """
     rootfs = _real(path)
     try:
-        proc = os.open(f"/proc/{pid}", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        proc = procfs.open_below(str(pid), os.O_RDONLY | os.O_DIRECTORY)
     except FileNotFoundError:
         raise ContainerError(f"process {pid} of the container is gone") from None
+    except OSError as error:
+        raise ContainerError(f"open process {pid} of the container: {reason(error)}") from None
     try:
         return _open(pid, rootfs, proc)
     except (ProcessLookupError, FileNotFoundError) as error:
@@ -179,7 +176,7 @@ def here(path: str) -> Container:
     """
     rootfs = _real(path)
     try:
-        proc = os.open("/proc/self", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        proc = procfs.open_below("self", os.O_RDONLY | os.O_DIRECTORY)
         root = Root(os.open(rootfs, DIRECTORY), SECONDS)
         mounts = _read(proc, "mountinfo")
     except OSError as error:

@@ -16,7 +16,7 @@ import stat
 
 from . import cleanup
 from .errors import SLOW_TREE, MountError, reason
-from .linux import bind, files, tmpfs
+from .linux import bind, files, proc, tmpfs
 from .linux.root import DIRECTORY, OutOfTimeError, Root
 
 TYPE_CHECKING = False
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from .cleanup import Trace
     from .config import Config
     from .container import Container
+    from .linux.proc import Names
 
 _NODE_BIND_OPTIONS = ("nosuid", "noexec")
 
@@ -110,16 +111,18 @@ class Edit:
         self._undo.append(remover(os.unlink, parent, name))
         self.traces.append({"kind": "file", "path": path})
 
-    def _attach(self, container: Container, attach: Callable[[int, int, str], int], parent: int, name: str) -> int:
+    def _attach(
+        self, container: Container, attach: Callable[[Names, int, int, str], int], parent: int, name: str
+    ) -> int:
         """Mount on what is there; not in a volume that shares its mounts, where the host would have it as well."""
         target = os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=parent)
         try:
             if container.shares(target):
                 raise OSError(errno.EXDEV, "a volume is there that shares its mounts with the host; mount it as rslave")
-            mounted = attach(target, parent, name)
+            mounted = attach(container.names, target, parent, name)
         finally:
             os.close(target)
-        self._mounted.append(lambda: bind.detach(mounted))
+        self._mounted.append(lambda: container.names.detach(mounted))
         return mounted
 
 
@@ -176,17 +179,20 @@ class Tmpfs(Edit):
     """A file system of our own on the directory `destination`; read-only once all edits have been applied.
 
     What goes into it (`inside`) is made by the descriptor of the mount: nothing of the container is looked up again.
-    With `only_over` the directory has to be there, and it and all that goes inside are left out where it is not.
+    With `only_over` the directory has to be there, and it and all that goes inside are left out where it is not; with
+    `in_proc` it has to be in a procfs as well.
     """
 
-    __slots__ = ("_only_over", "destination", "root")
+    __slots__ = ("_in_proc", "_names", "_only_over", "destination", "root")
     kind = "mount"
 
-    def __init__(self, destination: str, *, only_over: bool = False) -> None:
+    def __init__(self, destination: str, *, only_over: bool = False, in_proc: bool = False) -> None:
         super().__init__()
         self.destination = destination
         self.root: Root | None = None  # once it is mounted
+        self._names: Names | None = None
         self._only_over = only_over
+        self._in_proc = in_proc
 
     def describe(self) -> dict[str, object]:
         options = ["ro", "nosuid", "nodev", "noexec", "mode=0555"]
@@ -194,7 +200,7 @@ class Tmpfs(Edit):
 
     def apply(self, container: Container) -> None:
         try:
-            if self._only_over and not self._is_there(container):
+            if self._only_over and not self._is_there(container.root):
                 return
             parent, name = self._parent(container, self.destination)
             try:
@@ -204,25 +210,41 @@ class Tmpfs(Edit):
                 elif not stat.S_ISDIR(status.st_mode):
                     raise OSError(errno.EEXIST, f"the image has {kind_of(status)} there")
                 self.root = Root(self._attach(container, tmpfs.attach, parent, name))
+                self._names = container.names
             finally:
                 os.close(parent)
         except OSError as error:
             raise MountError(f"mount a tmpfs on `{self.destination}`: {reason(error)}") from None
 
-    def _is_there(self, container: Container) -> bool:
+    def _is_there(self, root: Root) -> bool:
         try:
-            os.close(container.root.open(self.destination, os.O_PATH | os.O_NOFOLLOW))
+            fd = root.open(self.destination, os.O_PATH | os.O_NOFOLLOW)
         except FileNotFoundError:
             return False
-        return True
+        try:
+            return not self._in_proc or proc.is_procfs(fd) or _has_proc(root)
+        finally:
+            os.close(fd)
 
     def finish(self) -> None:
-        if self.root is None:
+        if self.root is None or self._names is None:
             return
         try:
-            tmpfs.seal(self.root.fd, 0o555)
+            tmpfs.seal(self._names, self.root.fd, 0o555)
         except OSError as error:
             raise MountError(f"make the tmpfs on `{self.destination}` read-only: {reason(error)}") from None
+
+
+def _has_proc(root: Root) -> bool:
+    """Whether the container's /proc is procfs; a mount of the engine's below it need not be."""
+    try:
+        fd = root.open("/proc", DIRECTORY | os.O_NOFOLLOW)
+    except OSError:
+        return False
+    try:
+        return proc.is_procfs(fd)
+    finally:
+        os.close(fd)
 
 
 class File(Edit):
@@ -426,10 +448,10 @@ class Device(Edit):
         nodev = container.in_userns or os.fstatvfs(parent).f_flag & os.ST_NODEV
         if status is not None and self._is_this(status) and not nodev:
             return  # the runtime made it, from the spec
-        if status is not None or nodev or not self._make_node(parent, name):
+        if status is not None or nodev or not self._make_node(container.names, parent, name):
             self._bind(container, parent, name, is_there=status is not None)
 
-    def _make_node(self, parent: int, name: str) -> bool:
+    def _make_node(self, names: Names, parent: int, name: str) -> bool:
         """False where mknod is not allowed."""
         try:
             os.mknod(name, stat.S_IFCHR | self.mode, os.makedev(self.major, self.minor), dir_fd=parent)
@@ -442,8 +464,8 @@ class Device(Edit):
             if not self._is_this(os.fstat(fd)):
                 raise OSError(errno.ESTALE, "replaced while it was made")
             # mknod's mode goes through the umask, and O_PATH descriptors take no fchmod.
-            os.chmod(f"/proc/self/fd/{fd}", self.mode)
-            os.chown(f"/proc/self/fd/{fd}", self.uid, self.gid)
+            names.chmod(fd, self.mode)
+            names.chown(fd, self.uid, self.gid)
         finally:
             os.close(fd)
         return True
@@ -532,7 +554,7 @@ class Symlink(Edit):
         # A `..` counts from where the directory really is, and ends at the container's root.
         directory = container.root.open(os.path.join(os.path.dirname(self.path), beside), DIRECTORY)
         try:
-            source = bind.Source(f"/proc/self/fd/{directory}/{file}", ("ro", "nosuid", "nodev"))
+            source = bind.Source(file, ("ro", "nosuid", "nodev"), directory)
             try:
                 if not stat.S_ISREG(os.fstat(source.fd).st_mode):
                     raise OSError(errno.EEXIST, f"`{self.target}` beside it is no regular file")

@@ -27,7 +27,7 @@ import stat
 
 from . import state_dir
 from .errors import DeviceError, reason
-from .linux import userns
+from .linux import proc, userns
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -51,9 +51,9 @@ def modprobe(config: Config) -> str:
     if not _is_allowed(config) or (config.proc_root, config.dev_root) != ("/", "/"):
         return ""
     try:
-        with open("/proc/sys/kernel/modprobe", encoding="utf-8") as file:
-            return file.read().strip() or _USUAL
-    except (OSError, ValueError):
+        # A program that runs as root: only procfs itself may name it.
+        return proc.read("sys/kernel/modprobe").strip() or _USUAL
+    except OSError:
         return _USUAL
 
 

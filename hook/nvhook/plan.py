@@ -130,7 +130,7 @@ def _proc(proc: DriverProc | None, chosen: list[Gpu], data: list[Data]) -> list[
     """Of /proc/driver/nvidia the driver's own files, the chosen GPUs and `data`; the rest of the host is covered."""
     if proc is None:
         return []
-    cover = Tmpfs(PROC, only_over=True)
+    cover = Tmpfs(PROC, only_over=True, in_proc=True)
     edits: list[Edit] = [cover]
     edits += [File(cover, name, content) for name, content in sorted(proc.files.items())]
     for gpu in chosen:

@@ -23,7 +23,7 @@ import time
 
 from nvhook import audit, container_dir, spec, state_dir
 from nvhook.errors import NvhookError, SpecError, one_line
-from nvhook.linux import userns
+from nvhook.linux import kernel, userns
 from nvhook.linux.child import readable
 
 TYPE_CHECKING = False
@@ -182,8 +182,7 @@ def say(answer: int, status: int, said: list[str]) -> None:
 
 def be_called(name: str) -> None:
     """What `ps` and `top` show; 15 characters at most."""
-    with open("/proc/self/comm", "w") as file:
-        file.write(name)
+    kernel.prctl(kernel.PR_SET_NAME, name.encode())
 
 
 def only(kept: list[int]) -> None:

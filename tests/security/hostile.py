@@ -47,7 +47,7 @@ def make_host(original: Path, directory: Path) -> Path:
 
 
 def _make_image(directory: Path) -> None:
-    """What the hook looks at of a Debian image, and a procfs as the driver would show it; no programs."""
+    """What the hook looks at of a Debian image, and what the driver would show in procfs; no programs."""
     for name in ("usr/bin", f"usr/lib/{TRIPLET}", "etc/ld.so.conf.d", "proc/driver/nvidia/gpus", "dev", "run", "tmp"):
         (directory / name).mkdir(parents=True)
     for name in ("bin", "lib"):
@@ -148,11 +148,12 @@ class Place:
         kernel.unshare(kernel.CLONE_NEWNS)
         kernel.mount("none", "/", None, kernel.MS_REC | kernel.MS_PRIVATE)
         kernel.mount(str(self.root), str(self.root), None, kernel.MS_BIND)
+        self.mount_proc()
         arrange()
         before = _mounts()
         container = self._container()
         edits = self.plan(container)
-        allowed = _Allowed(edits, before, self.root)
+        allowed = _Allowed(edits, before, self)
         watch(edits)
         line = ""
         try:
@@ -164,6 +165,32 @@ class Place:
         mounted, faults = self._judge(before, allowed)
         lists = ("".join(f"{item}\n" for item in items) for items in (mounted, faults))
         return "\0" + "\0".join((line, *lists))
+
+    def mount_proc(self) -> None:
+        """The container's procfs, with the image's own proc/driver in it, since this machine has no driver of NVIDIA's.
+
+        Where a trap has taken the place of one of the two there is none.
+        """
+        driver = self.root / "proc/driver"
+        if driver.parent.is_symlink() or driver.is_symlink() or not driver.is_dir():
+            return
+        aside = self.directory / "driver-of-proc"
+        aside.mkdir()
+        kernel.mount(str(driver), str(aside), None, kernel.MS_BIND)
+        kernel.mount("proc", str(driver.parent), "proc", 0)
+        kernel.mount(str(aside), str(driver), None, kernel.MS_BIND)
+        kernel.umount2(str(aside), kernel.MNT_DETACH)
+        aside.rmdir()
+
+    def files(self) -> list[Path]:
+        """Everything below the root but for the procfs itself, which has the whole machine in it."""
+        found = []
+        for directory, directories, names in os.walk(self.root):
+            if directory == f"{self.root}/proc" and os.path.ismount(directory):
+                directories[:] = ["driver"]
+                names.clear()
+            found += [Path(directory, name) for name in (*directories, *names)]
+        return found
 
     def plan(self, container: Container) -> list[Edit]:
         settings = config.load(str(self.settings))
@@ -202,7 +229,7 @@ class Place:
                 faults.append(f"mounted outside: {point}")
             elif not allowed.holds(point, fields):
                 faults.append(f"not of the plan: {' '.join(fields)}")
-        for path in self.root.rglob("*"):
+        for path in self.files():
             if path not in allowed.nodes and _is_device(path) and path.lstat().st_rdev not in allowed.numbers:
                 faults.append(f"a node not of the plan: {path}")
         return mounted, faults
@@ -224,12 +251,12 @@ def naive(edits: list[Edit], container: Container) -> None:
 class _Allowed:
     """What may be the source of a mount: the host's objects in the plan, by device and inode, and a fresh tmpfs."""
 
-    def __init__(self, edits: list[Edit], before: dict[str, list[str]], root: Path) -> None:
+    def __init__(self, edits: list[Edit], before: dict[str, list[str]], place: Place) -> None:
         plan = [edit.describe() for edit in edits]
         sources = [str(item["source"]) for item in plan if item["kind"] == "mount" and item["source"] != "tmpfs"]
         self.objects = {(status.st_dev, status.st_ino) for status in map(os.lstat, sources)}
         self.numbers = {os.makedev(edit.major, edit.minor) for edit in edits if isinstance(edit, editing.Device)}
-        self.nodes = {path for path in root.rglob("*") if _is_device(path)}  # the image's own
+        self.nodes = {path for path in place.files() if _is_device(path)}  # the image's own
         self._devices = {fields[2] for fields in before.values()}
 
     def holds(self, point: str, fields: list[str]) -> bool:

@@ -3,8 +3,8 @@
 
 `clone` is called in the namespace of the source, `attach` in that of the target. The mount gets its flags before it
 is attached, so there is no moment in which it is writable. Kernels before 5.12 lack the calls for that; there the
-source is opened again from the target's namespace, compared, bound and remounted with its flags, all through
-/proc/self/fd.
+source is opened again from the target's namespace, compared, bound and remounted with its flags, all by the names that
+descriptors have in a procfs (proc.py).
 """
 
 from __future__ import annotations
@@ -13,6 +13,10 @@ import errno
 import os
 
 from . import kernel
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from .proc import Names
 
 _NOT_HERE = (errno.ENOSYS, errno.EPERM, errno.EOPNOTSUPP)
 
@@ -28,14 +32,19 @@ _OPTIONS = {
 class Source:
     """A file to be bound elsewhere: `fd` is an O_PATH descriptor of it, and of the clone where there is one."""
 
-    __slots__ = ("_cloned", "_options", "_path", "fd")
+    __slots__ = ("_cloned", "_directory", "_options", "_path", "fd")
 
-    def __init__(self, path: str, options: tuple[str, ...]) -> None:
-        """Opens `path`, an absolute path of the host's without links; OSError if it is gone, or is a link."""
+    def __init__(self, path: str, options: tuple[str, ...], directory: int | None = None) -> None:
+        """Opens `path`: an absolute path of the host's without links, or a name in `directory`, a descriptor that is
+        open for as long as this object is used. OSError if it is gone, or is a link."""
         self._path = path
+        self._directory = directory
         self._options = options
         self._cloned = False
-        self.fd = os.open(path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
+        self.fd = self._open()
+
+    def _open(self) -> int:
+        return os.open(self._path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=self._directory)
 
     def clone(self) -> None:
         """Make the unattached mount, where the kernel can."""
@@ -56,34 +65,33 @@ class Source:
         self.fd = fd
         self._cloned = True
 
-    def attach(self, target: int, parent: int, name: str) -> int:
-        """Mount on the file or directory `target`; the answer is a descriptor of the mount, for `detach`.
+    def attach(self, names: Names, target: int, parent: int, name: str) -> int:
+        """Mount on the file or directory `target`; the answer is a descriptor of the mount, for `names.detach`.
 
         It is `name` in the directory `parent`, opened without following it; the caller has looked at what it is.
         """
         if self._cloned:
             kernel.move_mount(self.fd, target)
             return os.dup(self.fd)
-        return self._bind(target, parent, name)
+        return self._bind(names, target, parent, name)
 
-    def _bind(self, target: int, parent: int, name: str) -> int:
-        source = os.open(self._path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
+    def _bind(self, names: Names, target: int, parent: int, name: str) -> int:
+        source = self._open()
         try:
             if not os.path.samestat(os.fstat(source), os.fstat(self.fd)):
                 raise OSError(errno.ESTALE, "another file than on the host", self._path)
-            kernel.mount(f"/proc/self/fd/{source}", f"/proc/self/fd/{target}", None, kernel.MS_BIND)
+            names.mount(source, target, None, kernel.MS_BIND)
         finally:
             os.close(source)
         mounted = os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=parent)
         if not os.path.samestat(os.fstat(mounted), os.fstat(self.fd)):
             os.close(mounted)  # and not unmounted: it is somebody else's
             raise OSError(errno.ESTALE, "replaced while it was mounted", name)
-        place = f"/proc/self/fd/{mounted}"
         try:
-            kernel.mount("none", place, None, kernel.MS_PRIVATE)
-            kernel.mount("none", place, None, kernel.MS_REMOUNT | kernel.MS_BIND | self._flags(1))
+            names.mount("none", mounted, None, kernel.MS_PRIVATE)
+            names.mount("none", mounted, None, kernel.MS_REMOUNT | kernel.MS_BIND | self._flags(1))
         except OSError:
-            detach(mounted)
+            names.detach(mounted)
             raise
         return mounted
 
@@ -95,11 +103,3 @@ class Source:
 
     def close(self) -> None:
         os.close(self.fd)
-
-
-def detach(mounted: int) -> None:
-    """Take away the mount that `mounted` is a descriptor of, and close it."""
-    try:
-        kernel.umount2(f"/proc/self/fd/{mounted}", kernel.MNT_DETACH)
-    finally:
-        os.close(mounted)

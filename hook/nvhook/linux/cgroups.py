@@ -18,7 +18,8 @@ import errno
 import os
 import struct
 
-from .kernel import address_of, bpf
+from . import proc
+from .kernel import CGROUP2_SUPER_MAGIC, CGROUP_SUPER_MAGIC, address_of, bpf, fstatfs
 from .mountinfo import unescape
 
 TYPE_CHECKING = False
@@ -85,9 +86,9 @@ def allow(proc_dir_fd: int, rules: list[Rule]) -> Callable[[], None]:
     if not rules:
         return lambda: None
     try:
-        v1 = any(_is_hierarchy(line, 1) for line in _read("/proc/self/mountinfo").split("\n"))
+        v1 = any(_is_hierarchy(line, 1) for line in _own("mountinfo").split("\n"))
         version, path = devices_cgroup(_read("cgroup", dir_fd=proc_dir_fd), v1=v1)
-        if (version, path) == devices_cgroup(_read("/proc/self/cgroup"), v1=v1):
+        if (version, path) == devices_cgroup(_own("cgroup"), v1=v1):
             return lambda: None
         if version == 1:
             _allow_v1(*_open_cgroup(1, path, steps), rules, steps)
@@ -184,16 +185,31 @@ def up_to_scope(path: str) -> list[str]:
 
 
 def _open_cgroup(version: int, path: str, steps: Steps) -> tuple[int, str]:
-    for mount_id, directory in mounted_at(_read("/proc/self/mountinfo"), version, path):
+    for mount_id, directory in mounted_at(_own("mountinfo"), version, path):
         try:
             fd = _open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
         except FileNotFoundError:
             continue
         steps.append((os.close, (fd,)))
         # Another mount may lie on top of this one, and the same name below it may be another cgroup.
-        if f"mnt_id:\t{mount_id}\n" in _read(f"/proc/self/fdinfo/{fd}"):
+        if f"mnt_id:\t{mount_id}\n" in _own(f"fdinfo/{fd}"):
+            _prove(fd, version, directory)
             return fd, directory
     raise FileNotFoundError(errno.ENOENT, f"open the container's cgroup `{path}`: no mount of it can be reached")
+
+
+def _prove(fd: int, version: int, path: str) -> None:
+    """What is written to is a control group, whatever mountinfo says: CVE-2025-52881 led such writes elsewhere."""
+    if fstatfs(fd) != (CGROUP_SUPER_MAGIC if version == 1 else CGROUP2_SUPER_MAGIC):
+        raise OSError(errno.ENOTSUP, f"open `{path}`: not in a cgroup file system of version {version}")
+
+
+def _own(name: str) -> str:
+    """The text of a file about this process, from a proved procfs."""
+    try:
+        return proc.read(f"self/{name}")
+    except OSError as error:
+        raise _fault(f"read `/proc/self/{name}`", error) from error
 
 
 def _open(path: str, flags: int, dir_fd: int | None = None) -> int:
@@ -235,6 +251,7 @@ def _allow_v1(cgroup: int, name: str, rules: list[Rule], steps: Steps) -> None:
     for file in ("devices.allow", "devices.deny"):
         files.append(_open(file, os.O_WRONLY, cgroup))
         steps.append((os.close, (files[-1],)))
+        _prove(files[-1], 1, f"{name}/{file}")
     for rule in rules:
         try:
             os.write(files[0], str(rule).encode())

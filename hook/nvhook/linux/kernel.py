@@ -17,6 +17,7 @@ import struct
 
 _X86_64 = os.uname().machine == "x86_64"
 _NR_MADVISE = 28 if _X86_64 else 233
+_NR_FSTATFS = 138 if _X86_64 else 44
 _NR_PRCTL = 157 if _X86_64 else 167
 _NR_SOCKET = 41 if _X86_64 else 198
 _NR_CONNECT = 42 if _X86_64 else 203
@@ -90,8 +91,14 @@ CLONE_NEWNET = 0x40000000
 # madvise(2)
 MADV_POPULATE_WRITE = 23
 
+# fstatfs(2), include/uapi/linux/magic.h
+PROC_SUPER_MAGIC = 0x9FA0
+CGROUP_SUPER_MAGIC = 0x27E0EB
+CGROUP2_SUPER_MAGIC = 0x63677270
+
 # prctl(2)
 PR_SET_PDEATHSIG = 1
+PR_SET_NAME = 15
 PR_CAPBSET_DROP = 24
 PR_SET_NO_NEW_PRIVS = 38
 
@@ -150,6 +157,14 @@ def _syscall(number: int, *args: int | bytes | _ctypes.Array[_Char] | None, path
         return result
     errno = _ctypes.get_errno()
     raise OSError(errno, os.strerror(errno), path)
+
+
+def fstatfs(fd: int) -> int:
+    """What kind of file system `fd` is on, as one of the *_SUPER_MAGIC. An O_PATH descriptor will do."""
+    buffer = (_Char * 120)()  # struct statfs, whose first member is f_type
+    _syscall(_NR_FSTATFS, fd, buffer)
+    kind: int = struct.unpack_from("=q", buffer)[0]
+    return kind
 
 
 def openat2(dir_fd: int, path: str, flags: int, *, resolve: int, mode: int = 0) -> int:
@@ -266,7 +281,7 @@ def madvise(address: int, length: int, advice: int) -> None:
     _syscall(_NR_MADVISE, address, length, advice)
 
 
-def prctl(option: int, arg: int = 0) -> None:
+def prctl(option: int, arg: int | bytes = 0) -> None:
     _syscall(_NR_PRCTL, option, arg, 0, 0, 0)
 
 

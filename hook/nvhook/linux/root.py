@@ -19,7 +19,7 @@ import stat
 import time
 from itertools import islice
 
-from . import kernel
+from . import kernel, proc
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -140,7 +140,7 @@ class Root:
         try:
             if not stat.S_ISREG(os.fstat(held).st_mode):
                 raise OSError(errno.EINVAL, "not a regular file", path)
-            return os.open(f"/proc/self/fd/{held}", os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+            return proc.reopen(held, os.O_RDONLY | os.O_NONBLOCK)
         finally:
             os.close(held)
 

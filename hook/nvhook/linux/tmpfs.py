@@ -2,7 +2,8 @@
 """A fresh tmpfs on a directory, mounted by descriptor.
 
 It belongs to whoever files are made as at that moment, and can be written to until it is sealed. Kernels before 5.2
-lack the calls for a mount that is attached when it is ready; there mount(2) is told the place through /proc/self/fd.
+lack the calls for a mount that is attached when it is ready; there mount(2) gets the name that the descriptor of the
+place has in a procfs (proc.py).
 """
 
 from __future__ import annotations
@@ -11,8 +12,11 @@ import errno
 import os
 
 from . import kernel
-from .bind import detach
 from .root import DIRECTORY
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from .proc import Names
 
 _NOT_HERE = (errno.ENOSYS, errno.EPERM, errno.EOPNOTSUPP)
 _MODE = "0755"  # its owner may have no capability to write despite the mode
@@ -20,14 +24,14 @@ _ATTRIBUTES = kernel.MOUNT_ATTR_NOSUID | kernel.MOUNT_ATTR_NODEV | kernel.MOUNT_
 _FLAGS = kernel.MS_NOSUID | kernel.MS_NODEV | kernel.MS_NOEXEC
 
 
-def attach(target: int, parent: int, name: str) -> int:
+def attach(names: Names, target: int, parent: int, name: str) -> int:
     """Mount on the directory `target`, which is `name` in `parent`; the answer is a descriptor of the mount."""
     try:
         mounted = _unattached()
     except OSError as error:
         if error.errno not in _NOT_HERE:
             raise
-        return _mount(target, parent, name)
+        return _mount(names, target, parent, name)
     try:
         kernel.move_mount(mounted, target)
     except OSError:
@@ -36,11 +40,10 @@ def attach(target: int, parent: int, name: str) -> int:
     return mounted
 
 
-def seal(mounted: int, mode: int) -> None:
+def seal(names: Names, mounted: int, mode: int) -> None:
     """Nothing can be written any more, and its root directory has `mode`."""
-    place = f"/proc/self/fd/{mounted}"
-    os.chmod(place, mode)
-    kernel.mount("none", place, None, kernel.MS_REMOUNT | kernel.MS_BIND | kernel.MS_RDONLY | _FLAGS)
+    names.chmod(mounted, mode)
+    names.mount("none", mounted, None, kernel.MS_REMOUNT | kernel.MS_BIND | kernel.MS_RDONLY | _FLAGS)
 
 
 def _unattached() -> int:
@@ -54,15 +57,15 @@ def _unattached() -> int:
         os.close(context)
 
 
-def _mount(target: int, parent: int, name: str) -> int:
-    kernel.mount("tmpfs", f"/proc/self/fd/{target}", "tmpfs", _FLAGS, f"mode={_MODE}")
+def _mount(names: Names, target: int, parent: int, name: str) -> int:
+    names.mount("tmpfs", target, "tmpfs", _FLAGS, f"mode={_MODE}")
     mounted = os.open(name, DIRECTORY | os.O_NOFOLLOW, dir_fd=parent)
     if os.fstat(mounted).st_dev == os.fstat(target).st_dev:
         os.close(mounted)  # and not unmounted: it is somebody else's
         raise OSError(errno.ESTALE, "replaced while it was mounted", name)
     try:
-        kernel.mount("none", f"/proc/self/fd/{mounted}", None, kernel.MS_PRIVATE)
+        names.mount("none", mounted, None, kernel.MS_PRIVATE)
     except OSError:
-        detach(mounted)
+        names.detach(mounted)
         raise
     return mounted

@@ -3,10 +3,14 @@
 
 from __future__ import annotations
 
+from . import proc
+
 _FULL_MAP = "0 0 4294967295"
 
 
 def is_first() -> bool:
-    """Whether this process is in the first user namespace, where ids are the machine's."""
-    with open("/proc/self/uid_map", encoding="ascii") as file:
-        return " ".join(file.read().split()) == _FULL_MAP
+    """Whether this process is in the first user namespace, where ids are the machine's; no where procfs cannot tell."""
+    try:
+        return " ".join(proc.read("self/uid_map").split()) == _FULL_MAP
+    except OSError:
+        return False
