@@ -6,13 +6,49 @@
 
 commands='nvidia-container-runtime nvidia-container-runtime-hook nvidia-container-cli nvhook nvidia-docker'
 
-# end_reserve DIR: the process that serves the next container has the old modules. It cannot be asked to end: package
-# managers live in other control groups.
+# end_reserve DIR LIBRARY: the process that serves the next container has the old modules. It cannot be asked to end: package
+# managers live in other control groups. Status 1 for one that has other modules: /opt/a-b and /opt/a/b have one DIR.
 end_reserve() {
     pid=
     name=
     { read -r pid <"$1/pid" && read -r name <"/proc/$pid/comm"; } 2>/dev/null || :
-    [ "$name" != nvhook-reserve ] || kill "$pid" 2>/dev/null || :
+    [ "$name" = nvhook-reserve ] || return 0
+    tr '\0' '\n' <"/proc/$pid/cmdline" | grep -qxF -e "$2" || return 1
+    kill "$pid" 2>/dev/null || :
+}
+
+# forget_reserve DIR LIBRARY: nothing else below /run/nvhook is an installation's own. What is noted there of a container is for
+# its poststop hook, whichever installation has that, and what is known of the driver is for all of them; a reboot empties it.
+forget_reserve() {
+    if end_reserve "$1" "$2"; then rm -rf "$1"; fi
+    rmdir "${1%/*}/standby" "${1%/*}/containers" "${1%/*}" 2>/dev/null || :
+}
+
+# other_installations CONFIG-DIR PREFIX ROOT: the prefixes of those that read the same config.toml, a line each. scripts/install
+# has a file for each in CONFIG-DIR/installations; a package has none.
+other_installations() {
+    for entry in "$1/installations"/*; do
+        if [ -f "$entry" ] && read -r other <"$entry" && [ "$other" != "$2" ] && [ -d "$3$other/lib/nvhook" ]; then
+            printf '%s\n' "$other"
+        fi
+    done
+    if [ "$2" != /usr ] && [ "$1" = "$3/etc/nvidia-container-runtime" ] && [ -e "$3/usr/lib/nvhook/steps.sh" ]; then echo /usr; fi
+}
+
+# is_note_of NOTE PREFIX ...: whether a note of `nvhook configure` names the commands of one of these installations.
+is_note_of() {
+    note=$1
+    shift
+    for other; do
+        if grep -qsF -e "\"$other/bin/nvidia-container-runtime" -e "\"$other/share/containers/oci/hooks.d" "$note"; then return 0; fi
+    done
+    return 1
+}
+
+# is_note_of_others NOTE CONFIG-DIR PREFIX ROOT: an engine names another installation, and not the one at PREFIX.
+is_note_of_others() {
+    # shellcheck disable=SC2046 # a prefix has no spaces
+    ! is_note_of "$1" "$3" && is_note_of "$1" $(other_installations "$2" "$3" "$4")
 }
 
 # warn_of_others BIN: NVIDIA's toolkit, whole or half removed, or another nvhook, which engines would find first.
@@ -41,9 +77,9 @@ forget_bytecode() {
 # after_install FORMER: nothing here is a reason for a package to fail. FORMER is empty at the first installation.
 after_install() {
     compile
-    end_reserve /run/nvhook/reserve-usr
+    end_reserve /run/nvhook/reserve-usr /usr/lib/nvhook || :
     warn_of_others /usr/bin
-    nvhook refresh || : # no driver, or one that is half installed, is told
+    /usr/bin/nvhook refresh || : # no driver, or one that is half installed, is told
     if [ -d /run/systemd/system ]; then
         systemctl daemon-reload || :
         if [ -z "$1" ]; then
@@ -56,15 +92,22 @@ after_install() {
     [ "$1" ] || echo 'To register the runtime in an engine: nvhook configure docker (or containerd, crio, podman)'
 }
 
-# An engine must not name a runtime that is gone: what `nvhook configure` wrote is taken out again.
+# An engine must not name a runtime that is gone: what `nvhook configure` wrote is taken out again, where it names ours. The
+# command of another installation may be the first on the PATH.
 before_removal() {
-    notes=/etc/nvidia-container-runtime/configured
-    if [ "$(ls -A "$notes" 2>/dev/null)" ]; then
-        for engine in docker containerd crio podman; do
-            nvhook configure "$engine" --remove || :
+    directory=/etc/nvidia-container-runtime
+    if [ "$(ls -A "$directory/configured" 2>/dev/null)" ]; then
+        for engine in docker:daemon.json containerd:config.toml crio:99-nvhook.toml podman:99-nvhook.conf; do
+            is_ours=1
+            for note in "$directory/configured/${engine#*:}".*; do
+                if is_note_of_others "$note" "$directory" /usr ''; then is_ours=; fi
+            done
+            [ ! "$is_ours" ] || /usr/bin/nvhook configure "${engine%:*}" --remove || :
         done
-        for note in "$notes"/*; do
-            [ ! -e "$note" ] || printf 'nvhook: a file of an engine still names this runtime: see `%s`, and take it out\n' "$note" >&2
+        for note in "$directory/configured"/*; do
+            if [ -e "$note" ] && ! is_note_of_others "$note" "$directory" /usr ''; then
+                printf 'nvhook: a file of an engine still names this runtime: see `%s`, and take it out\n' "$note" >&2
+            fi
         done
     fi
     if [ -d /run/systemd/system ]; then systemctl disable --now nvhook-refresh.path nvhook-refresh.service || :; fi

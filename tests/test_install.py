@@ -5,14 +5,17 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
-from collections.abc import Callable
+import tempfile
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-from containers import REPOSITORY
+from containers import REPOSITORY, Bundle, Workshop, configure, reserve_of, tree
 
 INSTALL = REPOSITORY / "scripts/install"
 
@@ -266,3 +269,315 @@ def test_file_system_that_cannot_exchange(tmp_path: Path, monkeypatch: pytest.Mo
 def _works(place: Path) -> bool:
     commands = [[str(place / "p/bin" / name), "--version"] for name in ("nvhook", "nvidia-container-runtime-hook")]
     return all(subprocess.run(words, capture_output=True, check=False).returncode == 0 for words in commands)
+
+
+# Another installation beside it
+
+
+@pytest.fixture(scope="module")
+def few_packages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """The environment for an installation with the packages that it looks for alone: a second one is made soon."""
+    place = tmp_path_factory.mktemp("packages")
+    for name in ("elftools", "pynvml.py", "shtab"):
+        (source,) = [path for path in (REPOSITORY / "build/packages").iterdir() if path.name in (name, f"{name}.py")]
+        shutil.copytree(source, place / name) if source.is_dir() else shutil.copy(source, place)
+    return {**os.environ, "NVHOOK_PACKAGES": str(place)}
+
+
+class Pair:
+    """Two installations that read one config.toml, `ours` and `theirs`; whether a run said anything is in `said`."""
+
+    def __init__(self, place: Path, env: dict[str, str]) -> None:
+        self.place = place
+        self.ours = place / "ours"
+        self.theirs = place / "theirs"
+        self.etc = place / "etc"
+        self.config = self.etc / "nvidia-container-runtime/config.toml"
+        self.env = env
+        self.said = ""
+
+    def run(self, action: str, prefix: Path | str, *, status: int = 0) -> None:
+        words = [str(INSTALL), action, str(prefix), str(self.etc)]
+        done = subprocess.run(words, env=self.env, capture_output=True, text=True, check=False)
+        self.said = done.stderr
+        assert done.returncode == status, done.stderr
+
+    def both(self) -> Pair:
+        for prefix in (self.ours, self.theirs):
+            self.run("install", prefix)
+        return self
+
+    def works(self, prefix: Path) -> bool:
+        done = subprocess.run([str(prefix / "bin/nvhook"), "--version"], capture_output=True, check=False)
+        return done.returncode == 0
+
+
+@pytest.fixture
+def pair(tmp_path: Path, few_packages: dict[str, str]) -> Pair:
+    return Pair(tmp_path, few_packages)
+
+
+@pytest.mark.parametrize("first", ["ours", "theirs"])
+def test_uninstall_leaves_another_installation_as_it_is(pair: Pair, first: str) -> None:
+    """Whichever made the directories and the configuration that they share; the last one takes those away."""
+    pair.both()
+    gone, kept = (pair.ours, pair.theirs) if first == "ours" else (pair.theirs, pair.ours)
+    before = tree(kept)
+    pair.run("uninstall", gone)
+    assert not gone.exists()
+    after = tree(kept)
+    note = f"{kept}/lib/nvhook/made-directories"  # has the directories that are left to it
+    assert {**before, note: after[note]} == after
+    assert pair.config.exists()
+    assert pair.works(kept)
+    pair.run("uninstall", kept)
+    assert list(pair.place.iterdir()) == []
+
+
+def test_uninstall_keeps_what_the_administrator_changed(pair: Pair) -> None:
+    pair.both()
+    pair.config.write_text("disable-require = true\n")
+    (pair.ours / "bin/nvhook").unlink()
+    (pair.ours / "bin/nvhook").symlink_to(pair.theirs / "bin/nvhook")
+    (pair.ours / "bin/nvidia-docker").write_text("#!/bin/sh\n# of our own\n")
+    hook = next((pair.ours / "share/containers/oci/hooks.d").iterdir())
+    hook.write_text(hook.read_text().replace(str(pair.ours), str(pair.theirs)))
+    pair.run("uninstall", pair.ours)
+    left = sorted(str(path.relative_to(pair.ours)) for path in pair.ours.rglob("*") if not path.is_dir())
+    assert left == ["bin/nvhook", "bin/nvidia-docker", f"share/containers/oci/hooks.d/{hook.name}"]
+    assert pair.works(pair.ours)
+    pair.run("uninstall", pair.theirs)
+    assert pair.config.read_text() == "disable-require = true\n"
+
+
+@pytest.mark.parametrize("state", ["nothing-of-ours", "through-a-link", "library-is-a-link", "package", "other-name"])
+def test_uninstall_of_what_is_not_installed_there(pair: Pair, state: str) -> None:
+    """Commands of the same names, or the files of another prefix that a link leads to, are not ours."""
+    pair.run("install", pair.theirs)
+    prefix = pair.ours
+    if state == "nothing-of-ours":
+        for path in ("bin/nvidia-container-runtime", "share/man/man1/nvhook.1", "share/containers/oci/hooks.d/a.json"):
+            (prefix / path).parent.mkdir(parents=True, exist_ok=True)
+            (prefix / path).write_text("NVIDIA's\n")
+    elif state == "through-a-link":
+        prefix.symlink_to(pair.theirs)
+    elif state == "library-is-a-link":
+        (prefix / "lib").mkdir(parents=True)
+        (prefix / "lib/nvhook").symlink_to(pair.theirs / "lib/nvhook")
+    elif state == "package":
+        prefix = pair.theirs
+        (prefix / "lib/nvhook/steps.sh").touch()
+    elif state == "other-name":
+        prefix = pair.place / "their"
+    before = tree(pair.place)
+    pair.run("uninstall", prefix, status=1 if state == "package" else 0)
+    assert before == tree(pair.place)
+    assert ("is a package's" in pair.said) == (state == "package")
+
+
+def test_uninstall_of_a_prefix_that_is_written_otherwise(pair: Pair) -> None:
+    pair.run("install", pair.ours)
+    pair.run("uninstall", f"{pair.place}//ours/")
+    assert list(pair.place.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("names", "status"), [(["theirs"], 0), (["ours"], 1), (["theirs", "ours"], 1), ([], 1)], ids=str
+)
+def test_uninstall_while_an_engine_names_another_installation(pair: Pair, names: list[str], status: int) -> None:
+    """`theirs` begins like `their`, whose notes these are not."""
+    pair.both()
+    notes = pair.config.parent / "configured"
+    notes.mkdir()
+    programs = [str(pair.place / name / "bin/nvidia-container-runtime") for name in names]
+    note = notes / "daemon.json.0123456789ab"
+    note.write_text(json.dumps({"path": "/etc/docker/daemon.json", "before": None, "settings": [[["x"], programs]]}))
+    pair.run("uninstall", pair.ours, status=status)
+    assert note.exists()
+    assert ("`nvhook configure ENGINE --remove`" in pair.said) == (status == 1)
+    assert pair.ours.exists() == (status == 1)
+
+
+def test_uninstall_tells_of_cdi_files_that_name_the_hook(tmp_path: Path, few_packages: dict[str, str]) -> None:
+    for action in ("install", "uninstall"):
+        (tmp_path / "etc/cdi").mkdir(parents=True, exist_ok=True)
+        for name in ("/opt/x", "/opt/y", "/srv/opt/x"):
+            text = json.dumps({"path": f"{name}/bin/nvidia-container-runtime-hook"})
+            (tmp_path / f"etc/cdi/{name.replace('/', '_')}.json").write_text(text)
+        words = [str(INSTALL), action, "/opt/x", "/etc", str(tmp_path)]
+        said = subprocess.run(words, env=few_packages, capture_output=True, text=True, check=True).stderr
+    (line,) = said.splitlines()
+    assert line.startswith(f"install: `{tmp_path}/etc/cdi/_opt_x.json` names the hook that is gone: ")
+    assert len(list((tmp_path / "etc/cdi").iterdir())) == 3
+
+
+# What is below /run/nvhook
+
+
+@pytest.fixture
+def state() -> Iterator[Path]:
+    """A state directory there, which only a test has."""
+    Path("/run/nvhook").mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="test-", dir="/run/nvhook") as name:
+        yield Path(name)
+
+
+def _start(pair: Pair, prefix: Path, shop: Workshop, config: Path) -> Bundle:
+    """A container that runs until it is deleted, started by the installation at `prefix`."""
+    bundle = shop.bundle().write(["/bin/sleep", "600"], {"NVIDIA_VISIBLE_DEVICES": "all"})
+    done = bundle.call(
+        config,
+        *("run", "--detach", "--bundle", str(bundle.directory), bundle.id),
+        wrapper=prefix / "bin/nvidia-container-runtime",
+        output=pair.place / f"output-{bundle.id}",
+    )
+    assert done.returncode == 0, (pair.place / f"output-{bundle.id}").read_text()
+    return bundle
+
+
+@pytest.mark.root
+def test_containers_of_another_installation(pair: Pair, shop: Workshop, state: Path) -> None:
+    """What is noted of one is there when it ends, and the process that waits for the next one goes on."""
+    pair.both()
+    config = configure(shop.simhost("a100x2"), pair.place / "config.toml", state)
+    bundle = _start(pair, pair.theirs, shop, config)
+    ours = _start(pair, pair.ours, shop, config)
+    try:
+        waiting = {prefix: _reserve(prefix) for prefix in (pair.ours, pair.theirs)}
+        before = tree(state)
+        pair.run("uninstall", pair.ours)
+        assert before == tree(state)
+        assert _ended(waiting[pair.ours])
+        assert not reserve_of(pair.ours).exists()
+        assert _reserve(pair.theirs) == waiting[pair.theirs]
+        assert not _ended(waiting[pair.theirs], seconds=0)
+        assert (bundle.rootfs / "usr/bin/nvidia-smi").exists()
+        bundle.delete()
+        assert not (bundle.rootfs / "usr/bin/nvidia-smi").exists()
+        result = (
+            shop.bundle()
+            .write(["/usr/bin/nvidia-smi", "-L"], {"NVIDIA_VISIBLE_DEVICES": "0"})
+            .run(config, wrapper=pair.theirs / "bin/nvidia-container-runtime")
+        )
+        assert result.stdout.count("GPU ") == 1, result.stderr
+    finally:
+        for each in (bundle, ours):
+            each.delete()
+        pair.run("uninstall", pair.theirs)
+
+
+def _reserve(prefix: Path) -> int:
+    """The process that waits for that installation's next container; it needs a moment to load its modules."""
+    path = reserve_of(prefix) / "pid"
+    for _ in range(600):
+        if path.exists():
+            return int(path.read_text())
+        time.sleep(0.1)
+    raise AssertionError("there is none")
+
+
+def _ended(pid: int, *, seconds: float = 60) -> bool:
+    end = time.monotonic() + seconds
+    while True:
+        try:
+            if Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z":
+                return True
+        except FileNotFoundError:
+            return True
+        if time.monotonic() >= end:
+            return False
+        time.sleep(0.05)
+
+
+@pytest.mark.root
+def test_reserve_of_a_prefix_whose_directory_has_the_same_name(tmp_path: Path) -> None:
+    """/opt/a-b and /opt/a/b: only the process that has the modules of the one that goes is ended."""
+    process = tmp_path / "process"
+    process.write_text('printf nvhook-reserve >/proc/$$/comm; echo $$ >"$1/pid"; while :; do sleep 1; done\n')
+    for modules, is_ended in (("/opt/a/b/lib/nvhook", False), ("/opt/a-b/lib/nvhook", True)):
+        place = tmp_path / "run/reserve-opt-a-b"
+        place.mkdir(parents=True, exist_ok=True)
+        child = subprocess.Popen(["/bin/bash", str(process), str(place), modules])
+        try:
+            while not (place / "pid").exists() or not (place / "pid").read_text():
+                time.sleep(0.01)
+            _steps(f"forget_reserve {place} /opt/a-b/lib/nvhook")
+            assert place.exists() != is_ended
+            if is_ended:
+                assert child.wait(60) == -signal.SIGTERM
+            else:
+                assert child.poll() is None
+        finally:
+            child.kill()
+            child.wait()
+    assert not (tmp_path / "run").exists()  # nothing of anybody's was left in it
+
+
+def test_notes_of_containers_are_never_taken_away(tmp_path: Path) -> None:
+    """Not by a reserve's end, whoever they are of, nor an inventory that another installation reads."""
+    for path in ("containers/abc", "standby/abc", "reserve-opt-b"):
+        (tmp_path / "run" / path).mkdir(parents=True)
+    (tmp_path / "run/inventory.json").touch()
+    (tmp_path / "run/reserve-opt-a").mkdir()
+    before = tree(tmp_path / "run")
+    _steps(f"forget_reserve {tmp_path}/run/reserve-opt-a /opt/a/lib/nvhook")
+    del before[f"{tmp_path}/run/reserve-opt-a"]
+    assert before == tree(tmp_path / "run")
+
+
+def _steps(command: str) -> str:
+    """A function of packaging/steps.sh, as a package's script calls it."""
+    script = f". {REPOSITORY}/packaging/steps.sh; {command}"
+    return subprocess.run(["sh", "-euc", script], check=True, capture_output=True, text=True).stdout
+
+
+def test_package_tells_the_notes_of_another_installation_from_its_own(tmp_path: Path) -> None:
+    directory = tmp_path / "etc/nvidia-container-runtime"
+    (directory / "installations").mkdir(parents=True)
+    (directory / "installations/~usr~local").write_text("/usr/local\n")
+    (tmp_path / "usr/local/lib/nvhook").mkdir(parents=True)
+    for program, is_of_others in (("/usr/local/bin", "yes"), ("/usr/bin", "no"), ("/opt/gone/bin", "no")):
+        note = tmp_path / "note"
+        note.write_text(json.dumps({"settings": [[["path"], f"{program}/nvidia-container-runtime"]]}))
+        words = f"is_note_of_others {note} {directory} /usr {tmp_path} && echo yes || echo no"
+        assert _steps(words) == f"{is_of_others}\n"
+
+
+# An uninstallation that is broken off
+
+
+def test_uninstallation_that_is_broken_off(pair: Pair, tmp_path: Path) -> None:
+    """Before each of its steps; done again, it leaves nothing, and the other installation as it was."""
+    pair.both()
+    saved = tmp_path / "saved"
+    saved.mkdir()
+    names = [path.name for path in tmp_path.iterdir() if path != saved]
+    for name in names:
+        subprocess.run(["cp", "-a", str(tmp_path / name), str(saved)], check=True)
+    commands = tmp_path / "commands"
+    commands.mkdir()
+    for name in ("mv", "rm", "rmdir", "find"):
+        where = shutil.which(name)
+        (commands / name).write_text(_LAST.format(name=name).replace(f"/bin/{name}", str(where)))
+        (commands / name).chmod(0o755)
+    expected = tree(pair.theirs)
+    step, is_broken_off = 1, True
+    while is_broken_off:
+        for name in names:
+            shutil.rmtree(tmp_path / name, ignore_errors=True)
+            subprocess.run(["cp", "-a", str(saved / name), str(tmp_path)], check=True)
+        (tmp_path / "count").write_text("")
+        env = {"PATH": f"{commands}:{os.environ['PATH']}", "COUNT": str(tmp_path / "count"), "AT": str(step)}
+        words = [str(INSTALL), "uninstall", str(pair.ours), str(pair.etc)]
+        done = subprocess.run(words, env=env, capture_output=True, text=True, check=False, start_new_session=True)
+        assert done.returncode in (0, -signal.SIGKILL), done.stderr
+        is_broken_off = done.returncode != 0
+        pair.run("uninstall", pair.ours)
+        left = [path for path in pair.ours.rglob("*") if not path.is_dir()]
+        assert left == [], step
+        after = tree(pair.theirs)
+        note = f"{pair.theirs}/lib/nvhook/made-directories"
+        assert {**expected, note: after[note]} == after, step
+        step += 1
+    assert step > 20
+    pair.run("uninstall", pair.theirs)

@@ -186,7 +186,7 @@ class Place:
         """Everything below the root but for the procfs itself, which has the whole machine in it."""
         found = []
         for directory, directories, names in os.walk(self.root):
-            if directory == f"{self.root}/proc" and os.path.ismount(directory):
+            if os.path.ismount(directory) and os.path.lexists(f"{directory}/sysrq-trigger"):
                 directories[:] = ["driver"]
                 names.clear()
             found += [Path(directory, name) for name in (*directories, *names)]
