@@ -84,6 +84,7 @@ class Place:
     def __init__(self, directory: Path, settings: Path, root: Path | None = None) -> None:
         self.directory = directory
         self.settings = settings
+        self.env = EVERYTHING
         self.root = root or directory / "root"
         self.canary = directory / "canary"
         self.volume = directory / "volume"
@@ -186,7 +187,7 @@ class Place:
         """Everything below the root but for the procfs itself, which has the whole machine in it."""
         found = []
         for directory, directories, names in os.walk(self.root):
-            if os.path.ismount(directory) and os.path.lexists(f"{directory}/sysrq-trigger"):
+            if os.path.ismount(directory) and os.path.isdir(f"{directory}/{os.getpid()}"):
                 directories[:] = ["driver"]
                 names.clear()
             found += [Path(directory, name) for name in (*directories, *names)]
@@ -200,7 +201,7 @@ class Place:
 
     def _spec(self) -> spec.Spec:
         return spec.Spec(
-            env=EVERYTHING, mounts=[], annotations={}, privileged=False, rootfs=str(self.root), device_rules=[]
+            env=self.env, mounts=[], annotations={}, privileged=False, rootfs=str(self.root), device_rules=[]
         )
 
     def _container(self) -> Container:

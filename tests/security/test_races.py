@@ -22,6 +22,7 @@ from pathlib import Path
 import pytest
 
 from containers import Workshop
+from nvhook import compat
 from nvhook import edits as editing
 from nvhook.container import Container
 from nvhook.edits import Edit
@@ -233,6 +234,78 @@ def test_judge_sees_what_a_naive_program_does(settings: Path, tmp_path: Path) ->
         outcome, _ = _swapped_at(number, place, "library", "link", (), hostile.naive)
         seen += bool(outcome.faults or outside != place.outside())
     assert seen
+
+
+# The public shape of CVE-2026-24260: what create-symlinks and enable-cuda-compat looked at is exchanged before its use
+
+COMPAT = "/usr/local/cuda/compat"
+# What is exchanged for a link to the host's canary, and what of that
+SHAPES = {
+    "link": (LINK, "file"),
+    "library": (LIBRARY, "file"),
+    "libraries": (LIBRARIES, "directory"),
+    "compat": (COMPAT, "directory"),
+    "above-compat": ("/usr/local/cuda", "directory"),
+    "compat-library": (f"{COMPAT}/libcuda.so.999.1.1", "file"),
+    "linker-configuration": ("/etc/ld.so.conf.d", "directory"),
+}
+
+
+def _shape_at(
+    number: int,
+    place: Place,
+    shape: str,
+    apply_all: Callable[[list[Edit], Container], None] = editing.apply,
+) -> tuple[Outcome, int]:
+    """The exchange comes before the system call of that number, of the search for such libraries and of the edits."""
+    _old_link(place)
+    (place.root / COMPAT[1:]).mkdir(parents=True)
+    (place.canary / "directory/compat").mkdir()
+    for directory in (place.root / COMPAT[1:], place.canary / "directory", place.canary / "directory/compat"):
+        (directory / "libcuda.so.999.1.1").write_text("of the image")
+        (directory / "libcuda.so.1").symlink_to("libcuda.so.999.1.1")
+    where, kind = SHAPES[shape]
+    counter = mmap.mmap(-1, 8)
+    with _accomplice(lambda: _for_link(place.root / where[1:], place.canary / kind)) as act:
+        search = compat.find
+
+        def find(*arguments: object) -> str:
+            with _before_call(number, act, counter):
+                return search(*arguments)  # type: ignore[arg-type]
+
+        def arrange() -> None:
+            compat.find = find  # type: ignore[assignment]  # in the child alone, which ends with it
+
+        def apply(edits: list[Edit], container: Container) -> None:
+            with _before_call(number, act, counter):
+                apply_all([edit for edit in edits if _is_at(edit, (LIBRARY, LINK, "/etc/ld.so.cache"))], container)
+
+        def watch(edits: list[Edit]) -> None:
+            if number < 0:  # the image's directory is of use here
+                assert edits[-1].describe()["directories"] == [COMPAT, LIBRARIES]
+
+        outcome = place.start(arrange=arrange, watch=watch, apply=apply)
+    return outcome, struct.unpack_from("=Q", counter)[0]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_public_shape_of_cve_2026_24260(mig_settings: Path, tmp_path: Path, shape: str) -> None:
+    outcome, count = _shape_at(-1, _place(tmp_path, mig_settings), shape)
+    assert (outcome.line, outcome.faults) == ("", [])
+    assert count > 20
+    for number in range(count):
+        place = _place(tmp_path / str(number), mig_settings)
+        outcome, _ = _shape_at(number, place, shape)
+        assert outcome.faults == [], f"before call {number}: {outcome.line}"
+        assert sorted(str(path.relative_to(place.canary)) for path in place.canary.rglob("*")) == [
+            "directory",
+            "directory/compat",
+            *(f"directory/compat/libcuda.so.{version}" for version in ("1", "999.1.1")),
+            *(f"directory/libcuda.so.{version}" for version in ("1", "999.1.1")),
+            *("file", "node", "socket"),
+        ]
+        assert (place.canary / "file").read_text() == "the host's"
+        assert (place.canary / "directory/libcuda.so.999.1.1").read_text() == "of the image"
 
 
 # As many as the machine can
