@@ -246,9 +246,9 @@ def _open_root(pid: int, rootfs: str, proc: int, mounts: str) -> tuple[Root, Ide
     finally:
         os.close(above.fd)
     try:
-        mount = identity.mount_id(fd)
+        mount = procfs.mount_id(fd)
         # A directory whose parent is in another mount is the root of its mount, and not one below that.
-        if mount != mountinfo.topmost(mountinfo.at(mounts, rootfs)).id or mount == identity.mount_id(parent):
+        if mount != mountinfo.topmost(mountinfo.at(mounts, rootfs)).id or mount == procfs.mount_id(parent):
             raise ContainerError(
                 f"`{rootfs}` is another directory than the one that process {pid} has mounted there",
                 "start the container again, in a directory that only root can rename",
@@ -263,7 +263,7 @@ def _open_root(pid: int, rootfs: str, proc: int, mounts: str) -> tuple[Root, Ide
 
 def _check_mount(pid: int, rootfs: str, mounts: str) -> None:
     """ContainerError unless there is a mount at `rootfs` that we have not, on one that we have too."""
-    ours = _text(os.open("/proc/self/mountinfo", os.O_RDONLY | os.O_CLOEXEC))
+    ours = procfs.read("self/mountinfo")
     stack = mountinfo.at(mounts, rootfs)
     if len(stack) <= len(mountinfo.at(ours, rootfs)):
         raise ContainerError(f"process {pid} has not mounted `{rootfs}`: it is not a container of this bundle")
@@ -341,10 +341,7 @@ def _mapped_root(id_map: str) -> int:
 
 
 def _read(proc: int, name: str) -> str:
-    return _text(os.open(name, os.O_RDONLY | os.O_CLOEXEC, dir_fd=proc))
-
-
-def _text(fd: int) -> str:
+    fd = os.open(name, os.O_RDONLY | os.O_CLOEXEC, dir_fd=proc)
     # A carriage return may be part of a path in mountinfo; it is not the end of a line.
     with os.fdopen(fd, encoding="utf-8", errors="surrogateescape", newline="\n") as file:
         return file.read()

@@ -20,7 +20,7 @@ import time
 
 from . import quickjson, state_dir
 from .errors import ContainerError, SpecError
-from .linux import files, identity
+from .linux import files, identity, proc
 from .linux.root import DIRECTORY
 
 TYPE_CHECKING = False
@@ -53,7 +53,7 @@ class Containers:
     def __init__(self, path: str, *, make: bool = True) -> None:
         """`path` is STATE. OSError as state_dir.open_directory has it; FileNotFoundError only unless `make`."""
         self.fd = state_dir.open_directory(path, CONTAINERS, make=make)
-        self.proc = os.open("/proc", DIRECTORY)
+        self.proc = proc.open_below(".", DIRECTORY)
 
     def ids(self) -> list[str]:
         """Of all containers, in no order."""

@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 import struct
 
-from . import kernel
+from . import kernel, proc
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ def of(fd: int) -> Identity:
     """The Identity of what `fd` is a descriptor of, O_PATH or other."""
     status = os.fstat(fd)
     handle = _unless_missing(lambda: kernel.name_to_handle(fd).hex(), "")
-    mount = _unless_missing(lambda: _mount_of_statx(fd), 0) or mount_id(fd)
+    mount = _unless_missing(lambda: _mount_of_statx(fd), 0) or proc.mount_id(fd)
     return Identity(status.st_dev, status.st_ino, handle, mount)
 
 
@@ -67,16 +67,6 @@ def parse(value: object) -> Identity:
     if isinstance(value, list) and [type(item) for item in value] == [int, int, str, int]:
         return Identity(*value)
     raise ValueError("not the identity of a file")
-
-
-def mount_id(fd: int) -> int:
-    """The id of the mount that `fd` was reached through, as /proc/<pid>/mountinfo has it."""
-    info = os.open(f"/proc/self/fdinfo/{fd}", os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        _, _, rest = os.read(info, 4096).partition(b"mnt_id:")
-    finally:
-        os.close(info)
-    return int(rest.split()[0])
 
 
 def _mount_of_statx(fd: int) -> int:

@@ -58,6 +58,19 @@ def reopen(fd: int, flags: int) -> int:
         os.close(names)
 
 
+def mount_id(fd: int) -> int:
+    """The id, as in mountinfo, of the mount through which `fd` was opened. In the host's mount namespace alone."""
+    return _mount_id(open_below(f"self/fdinfo/{fd}", os.O_RDONLY))
+
+
+def _mount_id(info: int) -> int:
+    try:
+        _, _, rest = os.read(info, 4096).partition(b"mnt_id:")
+    finally:
+        os.close(info)
+    return int(rest.split()[0])
+
+
 class Names:
     """Names of this process's descriptors, for system calls that take a path and no descriptor.
 
@@ -97,9 +110,4 @@ class Names:
 
     def mount_id(self, fd: int) -> int:
         """The id, as in mountinfo, of the mount through which `fd` was opened."""
-        info = os.open(str(fd), os.O_RDONLY | os.O_CLOEXEC, dir_fd=self._fdinfo)
-        try:
-            _, _, rest = os.read(info, 4096).partition(b"mnt_id:")
-        finally:
-            os.close(info)
-        return int(rest.split()[0])
+        return _mount_id(os.open(str(fd), os.O_RDONLY | os.O_CLOEXEC, dir_fd=self._fdinfo))
