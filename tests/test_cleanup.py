@@ -404,12 +404,12 @@ def test_second_poststop_does_not_touch_the_next_container(tmp_path: Path, rootf
     assert tree(tmp_path / "first") == ["etc", "usr", "usr/lib", "usr/lib/link", "usr/lib/made", "usr/lib/ours"]
 
 
-@pytest.mark.parametrize("missing", ["statx", "name_to_handle", "both"])
+@pytest.mark.parametrize("missing", ["statx_mount", "name_to_handle", "both"])
 def test_identity_on_an_old_kernel(tmp_path: Path, rootfs: Path, monkeypatch: pytest.MonkeyPatch, missing: str) -> None:
     def absent(*_: object) -> bytes:
         raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
 
-    for name in ("statx", "name_to_handle") if missing == "both" else (missing,):
+    for name in ("statx_mount", "name_to_handle") if missing == "both" else (missing,):
         monkeypatch.setattr(kernel, name, absent)
     state = note(tmp_path, rootfs, _with_ours(rootfs))
     assert clean(tmp_path, state) == []

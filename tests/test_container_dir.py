@@ -132,8 +132,10 @@ def test_what_an_earlier_version_left_is_no_obstacle(tmp_path: Path, rootfs: Pat
 # Containers without a poststop hook
 
 
-def test_what_nobody_cleans_up_does_not_grow_without_end(tmp_path: Path) -> None:
+def test_what_nobody_cleans_up_does_not_grow_without_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Containers whose process and root filesystem are gone, as after `docker run --gpus`."""
+    monkeypatch.setattr(container_dir, "_SWEEP_EVERY", 1)  # which starts sweep, a clock says
+    monkeypatch.setattr(container_dir, "_SWEPT", 2)
     counts = []
     for number in range(60):
         rootfs = tmp_path / "rootfs"
@@ -150,7 +152,10 @@ def test_what_nobody_cleans_up_does_not_grow_without_end(tmp_path: Path) -> None
     assert max(counts) <= 20
 
 
-def test_sweep_leaves_what_lives_and_what_can_be_cleaned_up(tmp_path: Path, rootfs: Path) -> None:
+def test_sweep_leaves_what_lives_and_what_can_be_cleaned_up(
+    tmp_path: Path, rootfs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(container_dir, "_SWEEP_EVERY", 1)
     (tmp_path / "other").mkdir()
     other = tmp_path / "other"
     pid = os.fork()
@@ -243,9 +248,9 @@ def test_process_start_of_a_name_that_looks_like_fields(tmp_path: Path) -> None:
     fields = " ".join(["S", *map(str, range(4, 22)), "777", "0"])
     (tmp_path / "stat").write_text(f"1 (a) Z 1 ) {fields}\n")
     fd = os.open(tmp_path, DIRECTORY)
-    assert container_dir.process_start(fd, "stat") == 777
+    assert container_dir.process_start(os.open("stat", os.O_RDONLY, dir_fd=fd)) == 777
     (tmp_path / "stat").write_text(f"1 (a) {fields.replace('S', 'Z', 1)}\n")
-    assert container_dir.process_start(fd, "stat") == -1
+    assert container_dir.process_start(os.open("stat", os.O_RDONLY, dir_fd=fd)) == -1
 
 
 def test_zombie_is_over(tmp_path: Path, rootfs: Path) -> None:

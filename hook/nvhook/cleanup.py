@@ -78,9 +78,8 @@ def poststop(path: str, state: State, warnings: list[str]) -> None:
         if known and known.bundle == state.bundle:
             lock = container_dir.Lock(containers, known.root)
             with lock:
-                directory = containers.read(state.id)
-                if directory:  # or else another one's poststop has done this for us
-                    _end(lock, directory, warnings)
+                if known.is_there():  # or else another one's poststop has done this for us
+                    _end(lock, known, warnings)
     except OSError as error:
         raise SpecError(f"clean up after container `{state.id}`: {reason(error)}") from None
     finally:

@@ -40,20 +40,23 @@ CONTAINERS = "containers"
 _CONTAINER, _TRACES, _CACHE = "container.json", "traces.json", "ld.so.cache"
 _MAX_FILE = 4 << 20
 _MAX_ID = 255  # NAME_MAX; engines use 64 and containerd allows 76
-_SWEPT = 2  # directories at each start: more go than come
+_SWEEP_EVERY, _SWEPT = 8, 32  # one start of eight looks at so many directories: a start is not held up
 _LOCK_SECONDS = 10  # what is done under it takes milliseconds, or ldconfig's time
 _ID_CHARACTERS = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_+-.")
 
 
 class Containers:
-    """STATE/containers, open, and the /proc of the host, for when another mount namespace has been entered."""
+    """STATE/containers, open.
+
+    proc   a descriptor of the host's /proc, for when another mount namespace has been entered; -1 where that is not so
+    """
 
     __slots__ = ("fd", "proc")
 
-    def __init__(self, path: str, *, make: bool = True) -> None:
+    def __init__(self, path: str, proc: int = -1, *, make: bool = True) -> None:
         """`path` is STATE. OSError as state_dir.open_directory has it; FileNotFoundError only unless `make`."""
         self.fd = state_dir.open_directory(path, CONTAINERS, make=make)
-        self.proc = proc.open_below(".", DIRECTORY)
+        self.proc = proc
 
     def ids(self) -> list[str]:
         """Of all containers, in no order."""
@@ -80,7 +83,12 @@ class Containers:
 
     def close(self) -> None:
         os.close(self.fd)
-        os.close(self.proc)
+
+    def start_of(self, pid: int) -> int:
+        """As process_start has it."""
+        if self.proc < 0:
+            return process_start(proc.open_below(f"{pid}/stat", os.O_RDONLY))
+        return process_start(os.open(f"{pid}/stat", os.O_RDONLY | os.O_CLOEXEC, dir_fd=self.proc))
 
 
 class ContainerDirectory:
@@ -116,7 +124,7 @@ class ContainerDirectory:
         except PermissionError:
             pass
         try:
-            return process_start(self._containers.proc, f"{pid}/stat") != start
+            return self._containers.start_of(pid) != start
         except FileNotFoundError:
             return False  # hidepid of /proc, and we have given up CAP_SYS_PTRACE
 
@@ -164,6 +172,10 @@ class ContainerDirectory:
             os.rename(_CACHE, _CACHE, src_dir_fd=other._fd, dst_dir_fd=self._fd)
         except FileNotFoundError:
             return
+
+    def is_there(self) -> bool:
+        """Whether nobody has removed it since it was read."""
+        return bool(os.fstat(self._fd).st_nlink)
 
     def remove(self) -> None:
         """The directory and all that is in it. Whatever else somebody put there stays, and the directory with it."""
@@ -248,22 +260,24 @@ class Lock:
         SpecError for an id that cannot be a directory's name; OSError where the directory cannot be made.
         """
         check_id(state.id)
+        since = time.clock_gettime_ns(time.CLOCK_BOOTTIME)
         document = {
             "bundle": state.bundle,
             "rootfs": container.rootfs,
             "root": self._root.describe(),
-            "process": [state.pid, process_start(container.proc, "stat")],
-            "since": time.clock_gettime_ns(time.CLOCK_BOOTTIME),
+            "process": [state.pid, process_start(os.open("stat", os.O_RDONLY | os.O_CLOEXEC, dir_fd=container.proc))],
+            "since": since,
         }
         self._clear_former(state, warnings)
-        self._sweep(state.id)
-        fd = state_dir.enter(self._containers.fd, state.id)
+        if since % _SWEEP_EVERY == 0:
+            self._sweep(state.id)
+        fd = state_dir.make_private(self._containers.fd, state.id)
         _replace(fd, _CONTAINER, quickjson.dumps(document))
         return ContainerDirectory(self._containers, state.id, fd, document)
 
     def _sweep(self, but: str) -> None:
-        """Remove two directories of containers that are over and whose root filesystem is gone, if there are such: with
-        `docker run --gpus` nobody calls a poststop hook, and STATE is in memory. More in one start would hold it up."""
+        """Remove directories of containers that are over and whose root filesystem is gone, if there are such: with
+        `docker run --gpus` nobody calls a poststop hook, and STATE is in memory. More of them go than come."""
         names = [name for name in self._containers.ids() if name != but]
         for _ in range(min(_SWEPT, len(names))):
             other = self._containers.read(names.pop(time.monotonic_ns() % len(names)))
@@ -322,7 +336,7 @@ def lock(path: str, container: Container) -> Lock:
     """The lock of the container's root filesystem; `path` is STATE. OSError where nothing can be kept about it."""
     if container.host_identity is None:
         raise OSError(errno.ENOENT, f"the host has no `{container.rootfs}`, or another directory there")
-    return Lock(Containers(path), container.host_identity, container.root)
+    return Lock(Containers(path, container.names.top), container.host_identity, container.root)
 
 
 def _clear(containers: int, id: str) -> bool:  # noqa: A002 - OCI's name
@@ -355,12 +369,11 @@ def check_id(text: str) -> None:
         raise SpecError(f"`{shown}` is not a container's id", "use letters, digits, `_`, `+`, `-` and `.`, at most 255")
 
 
-def process_start(directory: int, path: str) -> int:
+def process_start(fd: int) -> int:
     """When the process of this /proc/<pid>/stat started, in clock ticks since boot; -1 for one that is a zombie.
 
-    A pid is used again, the pair of pid and start is not. FileNotFoundError or ProcessLookupError if it is gone.
+    A pid is used again, the pair of pid and start is not. ProcessLookupError if it is gone. Closes `fd`.
     """
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC, dir_fd=directory)
     try:
         # The name of the program may hold anything, a parenthesis included: fields count from the last one.
         fields = os.read(fd, 4096).rpartition(b")")[2].split()
@@ -383,10 +396,13 @@ def _text(value: object) -> str:
 
 def _read_json(directory: int, name: str) -> Any:
     fd = _open_file(directory, name)
-    with open(fd, "rb") as file:
-        content = file.read(_MAX_FILE + 1)
-    if len(content) > _MAX_FILE:
-        raise ValueError(f"`{name}` is larger than {_MAX_FILE} bytes")
+    try:
+        size = os.fstat(fd).st_size
+        if size > _MAX_FILE:
+            raise ValueError(f"`{name}` is larger than {_MAX_FILE} bytes")
+        content = os.read(fd, size)
+    finally:
+        os.close(fd)
     try:
         return quickjson.loads(content)
     except RecursionError:
@@ -404,7 +420,11 @@ def _open_file(directory: int, name: str) -> int:
 
 
 def _replace(directory: int, name: str, content: bytes) -> None:
-    beside = files.beside_of(name)
+    try:
+        _write(directory, name, content)
+        return
+    except FileExistsError:
+        beside = files.beside_of(name)
     files.clear(beside, directory)
     _write(directory, beside, content)
     os.rename(beside, name, src_dir_fd=directory, dst_dir_fd=directory)

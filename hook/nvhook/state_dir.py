@@ -23,54 +23,57 @@ def open_directory(path: str, *private: str, make: bool = True) -> int:
 
     Missing ones are made if `make` says so: `path` and those above it with mode 0755, the `private` ones with 0700.
     PermissionError for a level that others own or may write, and OSError as mkdir(2) and open(2) have it.
+
+    The levels are checked by their names, from `/` on: in a directory that root alone may write, nobody else can give a
+    name to another object, so what was checked is what is opened.
     """
-    fd = os.open("/", DIRECTORY)
+    state = os.path.realpath(path)
+    directory = "/"
+    names = [name for name in state.split("/") if name]
+    for index, name in enumerate((*names, *private)):
+        directory = f"{directory.rstrip('/')}/{name}"
+        mode = 0o755 if index < len(names) else 0o700
+        _check(_status(directory, mode, make=make), directory, is_ours=index >= len(names) - 1)
+    return os.open(directory, DIRECTORY | os.O_NOFOLLOW)
+
+
+def make_private(parent: int, name: str) -> int:
+    """A descriptor of the private directory `name` in the directory `parent`, made where it is missing."""
+    flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
     try:
-        above = os.path.realpath(path).split("/")[1:]
-        for index, name in enumerate((*above, *private)):
-            if not name:
-                continue  # STATE is the root directory itself
-            fd, parent = _enter(fd, name, 0o755 if index < len(above) else 0o700, make=make), fd
-            os.close(parent)
-            _check(fd, "/" + "/".join((*above, *private)[: index + 1]), is_ours=index >= len(above) - 1)
+        fd = os.open(name, flags, dir_fd=parent)
+    except FileNotFoundError:
+        os.mkdir(name, 0o700, dir_fd=parent)
+        fd = os.open(name, flags, dir_fd=parent)
+    try:
+        status = os.fstat(fd)
+        _check(status, name, is_ours=True)
+        if stat.S_IMODE(status.st_mode) != 0o700:
+            os.fchmod(fd, 0o700)  # the umask may have taken bits away
     except BaseException:
         os.close(fd)
         raise
     return fd
 
 
-def enter(parent: int, name: str) -> int:
-    """An O_PATH descriptor of the private directory `name` in the directory `parent`, made where it is missing."""
-    fd = _enter(parent, name, 0o700, make=True)
+def _status(path: str, mode: int, *, make: bool) -> os.stat_result:
     try:
-        _check(fd, name, is_ours=True)
-    except BaseException:
-        os.close(fd)
-        raise
-    return fd
-
-
-def _enter(parent: int, name: str, mode: int, *, make: bool) -> int:
-    try:
-        return os.open(name, DIRECTORY | os.O_NOFOLLOW, dir_fd=parent)
+        return os.lstat(path)
     except FileNotFoundError:
         if not make:
             raise
     try:
-        os.mkdir(name, mode, dir_fd=parent)
+        os.mkdir(path, mode)
     except FileExistsError:
-        return os.open(name, DIRECTORY | os.O_NOFOLLOW, dir_fd=parent)  # another start was faster
-    fd = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=parent)
-    try:
-        os.fchmod(fd, mode)  # the umask may have taken bits away
-    finally:
-        os.close(fd)
-    return os.open(name, DIRECTORY | os.O_NOFOLLOW, dir_fd=parent)
+        return os.lstat(path)  # another start was faster
+    os.chmod(path, mode)  # the umask may have taken bits away
+    return os.lstat(path)
 
 
-def _check(fd: int, path: str, *, is_ours: bool) -> None:
+def _check(status: os.stat_result, path: str, *, is_ours: bool) -> None:
     """Above STATE a directory like /tmp will do, in which everybody may write and nobody can rename what is ours."""
-    status = os.fstat(fd)
+    if not stat.S_ISDIR(status.st_mode):
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), path)
     may_write = status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
     if not is_ours and status.st_mode & stat.S_ISVTX:
         may_write = 0
@@ -82,6 +85,6 @@ def _check(fd: int, path: str, *, is_ours: bool) -> None:
 
 def is_owner(status: os.stat_result) -> bool:
     """Whether the file is root's, or ours. In a user namespace the machine's root has no number."""
-    if status.st_uid in (0, os.geteuid()):
+    if status.st_uid == 0 or status.st_uid == os.geteuid():
         return True
     return status.st_uid == _OVERFLOW and not userns.is_first()

@@ -10,7 +10,6 @@ two apart, and the mount the others.
 from __future__ import annotations
 
 import os
-import struct
 
 from . import kernel, proc
 
@@ -58,7 +57,7 @@ def of(fd: int) -> Identity:
     """The Identity of what `fd` is a descriptor of, O_PATH or other."""
     status = os.fstat(fd)
     handle = _unless_missing(lambda: kernel.name_to_handle(fd).hex(), "")
-    mount = _unless_missing(lambda: _mount_of_statx(fd), 0) or proc.mount_id(fd)
+    mount = _unless_missing(lambda: kernel.statx_mount(fd, kernel.STATX_MNT_ID_UNIQUE), 0) or proc.mount_id(fd)
     return Identity(status.st_dev, status.st_ino, handle, mount)
 
 
@@ -67,13 +66,6 @@ def parse(value: object) -> Identity:
     if isinstance(value, list) and [type(item) for item in value] == [int, int, str, int]:
         return Identity(*value)
     raise ValueError("not the identity of a file")
-
-
-def _mount_of_statx(fd: int) -> int:
-    answer = kernel.statx(fd, kernel.STATX_MNT_ID_UNIQUE)
-    (known,) = struct.unpack_from("=I", answer, 0)
-    (mount,) = struct.unpack_from("=Q", answer, 144)
-    return int(mount) if known & kernel.STATX_MNT_ID_UNIQUE else 0
 
 
 def _unless_missing(ask: Callable[[], Answer], otherwise: Answer) -> Answer:

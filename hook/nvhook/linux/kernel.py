@@ -46,7 +46,8 @@ AT_FDCWD = -100
 AT_EMPTY_PATH = 0x1000
 AT_RECURSIVE = 0x8000
 
-# statx(2)
+# statx(2): Linux 5.8 and 6.8
+STATX_MNT_ID = 0x1000
 STATX_MNT_ID_UNIQUE = 0x4000
 
 # openat2(2)
@@ -173,11 +174,15 @@ def openat2(dir_fd: int, path: str, flags: int, *, resolve: int, mode: int = 0) 
     return _syscall(_NR_OPENAT2, dir_fd, os.fsencode(path), how, len(how), path=path)
 
 
-def statx(fd: int, mask: int) -> bytes:
-    """struct statx of what `fd` is of, 256 bytes. Linux 4.11; what the kernel does not know of `mask` is not in its."""
-    answer = (_Char * 256)()
+def statx_mount(fd: int, mask: int) -> int:
+    """The id of the mount that `fd` was reached through, as `mask` (STATX_MNT_ID or STATX_MNT_ID_UNIQUE) wants it; 0
+    where this kernel has no such id. ENOSYS before Linux 4.11."""
+    answer = (_Char * 256)()  # struct statx
     _syscall(_NR_STATX, fd, b"", AT_EMPTY_PATH, mask, answer)
-    return bytes(answer)
+    content = bytes(answer)
+    (known,) = struct.unpack_from("=I", content, 0)
+    (mount,) = struct.unpack_from("=Q", content, 144)
+    return int(mount) if known & mask else 0
 
 
 def name_to_handle(fd: int) -> bytes:

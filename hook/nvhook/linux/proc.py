@@ -60,15 +60,17 @@ def reopen(fd: int, flags: int) -> int:
 
 def mount_id(fd: int) -> int:
     """The id, as in mountinfo, of the mount through which `fd` was opened. In the host's mount namespace alone."""
-    return _mount_id(open_below(f"self/fdinfo/{fd}", os.O_RDONLY))
+    return _mount_id_of_statx(fd) or Names().mount_id(fd)
 
 
-def _mount_id(info: int) -> int:
+def _mount_id_of_statx(fd: int) -> int:
+    """0 where the kernel does not tell (before Linux 5.8)."""
     try:
-        _, _, rest = os.read(info, 4096).partition(b"mnt_id:")
-    finally:
-        os.close(info)
-    return int(rest.split()[0])
+        return kernel.statx_mount(fd, kernel.STATX_MNT_ID)
+    except OSError as error:
+        if error.errno in (errno.ENOSYS, errno.EPERM):
+            return 0
+        raise
 
 
 class Names:
@@ -78,12 +80,14 @@ class Names:
     descriptor of a directory either: for them /proc/self/fd becomes the current directory, which is `/` afterwards.
     """
 
-    __slots__ = ("_fdinfo", "_names")
+    __slots__ = ("_names", "top")
 
     def __init__(self) -> None:
-        """OSError where /proc is not procfs."""
-        self._names = open_below("self/fd", _DIRECTORY)
-        self._fdinfo = open_below("self/fdinfo", _DIRECTORY)
+        """`top` is a descriptor of /proc. OSError where that is not procfs."""
+        self.top = os.open("/proc", _DIRECTORY)
+        _prove(self.top, "/proc")
+        self._names = os.open("self/fd", _DIRECTORY, dir_fd=self.top)
+        _prove(self._names, "/proc/self/fd")
 
     def mount(self, source: int | str, target: int, fstype: str | None, flags: int, data: str = "") -> None:
         """mount(2) on the descriptor `target`; `source` is another one for a bind mount."""
@@ -110,4 +114,13 @@ class Names:
 
     def mount_id(self, fd: int) -> int:
         """The id, as in mountinfo, of the mount through which `fd` was opened."""
-        return _mount_id(os.open(str(fd), os.O_RDONLY | os.O_CLOEXEC, dir_fd=self._fdinfo))
+        found = _mount_id_of_statx(fd)
+        if found:
+            return found
+        info = os.open(f"self/fdinfo/{fd}", os.O_RDONLY | os.O_CLOEXEC, dir_fd=self.top)
+        try:
+            _prove(info, f"/proc/self/fdinfo/{fd}")
+            _, _, rest = os.read(info, 4096).partition(b"mnt_id:")
+        finally:
+            os.close(info)
+        return int(rest.split()[0])
