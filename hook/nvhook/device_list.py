@@ -32,6 +32,7 @@ _MAX_QUOTED = 200  # characters of a value in a message
 # only the annotations of their command line, or from whoever wrote config.json.
 _MARKS = ("io.kubernetes.cri.", "io.kubernetes.cri-o.", "io.podman.annotations.", "nerdctl/")
 _MANAGERS = ("libpod", "cri-o")
+_NAME_MARKS = ("io.kubernetes.cri.container-name", "io.kubernetes.container.name")  # containerd's, CRI-O's
 
 
 def passes_on(annotations: dict[str, str]) -> bool:
@@ -47,8 +48,9 @@ def annotated(annotations: dict[str, str], prefixes: tuple[str, ...]) -> dict[st
     A key that has nothing left is not there. One of CDI's that `prefixes` does not cover is, and its list is refused.
     """
     found = {}
+    own = _own_names(annotations)
     for key in sorted(annotations):
-        if is_key(key, prefixes) and not _is_of_another_container(key, annotations):
+        if is_key(key, prefixes) and not _is_of_another_container(key, own):
             names = [name for name in _items(annotations[key]) if not _is_of_another_vendor(name)]
             if names:
                 found[key] = names
@@ -136,7 +138,8 @@ def _management(name: str, device: str, place: str, *, privileged: bool) -> str:
 
 
 def _items(value: str) -> list[str]:
-    return [item.strip() for item in value.split(",") if item.strip()]
+    """Once each, before each is read: a list can hold millions."""
+    return [item for item in dict.fromkeys(map(str.strip, value.split(","))) if item]
 
 
 def _is_qualified(name: str) -> bool:
@@ -156,12 +159,20 @@ def _is_of_another_vendor(name: str) -> bool:
     return _is_qualified(name) and not is_nvidia(name)
 
 
-def _is_of_another_container(key: str, annotations: dict[str, str]) -> bool:
+def _own_names(annotations: dict[str, str]) -> list[str | None] | None:
+    """What a container of a pod is called there, none for the sandbox; None where there is no pod.
+
+    Asked once for all keys: an image can have a hundred thousand annotations.
+    """
+    if not any(key.startswith("io.kubernetes.") for key in annotations):
+        return None
+    return [annotations.get(mark) for mark in _NAME_MARKS]
+
+
+def _is_of_another_container(key: str, own: list[str | None] | None) -> bool:
     """`…/container.NAME` of a pod, in the config.json of its other containers and of its sandbox."""
     _, is_named, name = key.partition("/container.")
-    is_of_pod = any(key.startswith("io.kubernetes.") for key in annotations)
-    own = ("io.kubernetes.cri.container-name", "io.kubernetes.container.name")  # containerd's, CRI-O's
-    return bool(is_named) and is_of_pod and name not in [annotations.get(mark) for mark in own]
+    return bool(is_named) and own is not None and name not in own
 
 
 def _short(text: str) -> str:

@@ -11,14 +11,14 @@ import os
 import re
 import socket
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from containers import HOOK, WRAPPER, Bundle, Workshop
-from nvhook import audit, config, errors, request, requirements, spec
+from nvhook import audit, config, device_list, errors, request, requirements, spec
 from nvhook.errors import DeviceError, RequestError, RequirementError
 from nvruntime import standby
 
@@ -193,6 +193,44 @@ def test_long_lists_are_refused_before_they_are_read(tmp_path: Path, name: str) 
     env = {"NVIDIA_VISIBLE_DEVICES": "all", name: ",".join(map(str, range(500_000)))}
     with pytest.raises(RequestError, match=r"more than (1024|2048)"):
         _read(env, tmp_path / "none")
+
+
+class _Counted(dict[str, str]):
+    """Counts how often all keys are gone through."""
+
+    times = 0
+
+    def __iter__(self) -> Iterator[str]:
+        self.times += 1
+        return super().__iter__()
+
+
+@pytest.mark.parametrize("key", ["cdi.k8s.io/{}", "nvidia.cdi.k8s.io/container.{}", "cdi.k8s.io/container.{}"])
+@pytest.mark.parametrize("engine", ["io.kubernetes.container.name", "org.example"])
+def test_annotations_are_gone_through_a_few_times(key: str, engine: str) -> None:
+    """Podman passes on those of an image's manifest, which has room for a hundred thousand."""
+    annotations = _Counted({key.format(number): "nvidia.com/gpu=0" for number in range(1000)})
+    annotations[engine] = "0"
+    found = device_list.annotated(annotations, ("cdi.k8s.io/", "nvidia.cdi.k8s.io/"))
+    assert len(found) == (1 if "container" in key and "kubernetes" in engine else 1000)
+    assert annotations.times < 5
+
+
+@pytest.mark.parametrize("name", ["a", "nvidia.com/gpu=0", "example.com/class=device", ""])
+def test_names_of_an_annotation_are_read_once_each(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    count = 0
+    is_qualified = device_list._is_qualified
+
+    def counted(text: str) -> bool:
+        nonlocal count
+        count += 1
+        return is_qualified(text)
+
+    monkeypatch.setattr(device_list, "_is_qualified", counted)
+    annotations = {"cdi.k8s.io/a": f" {name} ," * 100_000, "org.example": f"{name}," * 100_000}
+    device_list.annotated(annotations, ("cdi.k8s.io/",))
+    device_list.stray(annotations, ("cdi.k8s.io/",))
+    assert count <= 2
 
 
 # The programs
