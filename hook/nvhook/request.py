@@ -233,8 +233,9 @@ def _from_mounts(mounts: list[tuple[str, str]]) -> list[str]:
     """GPUs, and `imex/<channel>`."""
     devices = []
     for source, destination in mounts:
-        place = posixpath.normpath(destination)
-        if posixpath.normpath(source) != "/dev/null" or not place.startswith(VOLUME_ROOT):
+        place = _from_root(destination)
+        is_null = source.startswith("/") and _from_root(source) == "/dev/null"
+        if not is_null or not place.startswith(VOLUME_ROOT):
             continue
         device = place[len(VOLUME_ROOT) :]
         # Both spellings are known: cdi/vendor/class/device and cdi/vendor/class=device. Others stay unknown devices.
@@ -243,6 +244,11 @@ def _from_mounts(mounts: list[tuple[str, str]]) -> list[str]:
             device = f"{parts[1]}/{parts[2]}={parts[3]}"
         devices.append(device)
     return devices
+
+
+def _from_root(path: str) -> str:
+    """As runc takes a path: it may begin with two slashes, which normpath keeps, or a destination with none."""
+    return posixpath.normpath("/" + path.lstrip("/"))
 
 
 def _from_env(env: dict[str, str], config: Config) -> tuple[list[str], str]:
