@@ -404,13 +404,31 @@ def test_second_poststop_does_not_touch_the_next_container(tmp_path: Path, rootf
     assert tree(tmp_path / "first") == ["etc", "usr", "usr/lib", "usr/lib/link", "usr/lib/made", "usr/lib/ours"]
 
 
-@pytest.mark.parametrize("missing", ["statx_mount", "name_to_handle", "both"])
-def test_identity_on_an_old_kernel(tmp_path: Path, rootfs: Path, monkeypatch: pytest.MonkeyPatch, missing: str) -> None:
-    def absent(*_: object) -> bytes:
-        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+@pytest.mark.parametrize(
+    "missing",
+    [
+        {"statx_mount": errno.ENOSYS},
+        {"name_to_handle": errno.ENOSYS},
+        {"statx_mount": errno.ENOSYS, "name_to_handle": errno.ENOSYS},
+        {"name_to_handle": errno.EOPNOTSUPP},
+        {"name_to_handle": errno.EOVERFLOW},
+        {"statx_mount": errno.EPERM, "name_to_handle": errno.EPERM},
+    ],
+    ids=lambda missing: "-".join(f"{name}-{errno.errorcode[number]}" for name, number in missing.items()),
+)
+def test_identity_where_something_is_missing(
+    tmp_path: Path, rootfs: Path, monkeypatch: pytest.MonkeyPatch, missing: dict[str, int]
+) -> None:
+    """In an old kernel, a seccomp filter, or a file system: NFS has no handle where its server's are too long."""
 
-    for name in ("statx_mount", "name_to_handle") if missing == "both" else (missing,):
-        monkeypatch.setattr(kernel, name, absent)
+    def absent(number: int) -> Callable[..., bytes]:
+        def call(*_: object) -> bytes:
+            raise OSError(number, os.strerror(number))
+
+        return call
+
+    for name, number in missing.items():
+        monkeypatch.setattr(kernel, name, absent(number))
     state = note(tmp_path, rootfs, _with_ours(rootfs))
     assert clean(tmp_path, state) == []
     assert tree(rootfs) == ["etc", "usr", "usr/lib", "usr/lib/link"]  # what it was before
