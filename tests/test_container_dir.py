@@ -195,7 +195,7 @@ def test_lock_is_one_for_each_root_filesystem(tmp_path: Path, rootfs: Path, monk
         with container_dir.Lock(containers, other):
             assert len(os.listdir(tmp_path / "state/containers")) == 2
         with pytest.raises(ContainerError, match="lock the container's root filesystem: another container over it has"):
-            container_dir.Lock(containers, root).__enter__()
+            container_dir.Lock(containers, root)
     with container_dir.Lock(containers, root):
         pass
     assert os.listdir(tmp_path / "state/containers") == []

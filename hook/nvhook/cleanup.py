@@ -76,8 +76,7 @@ def poststop(path: str, state: State, warnings: list[str]) -> None:
         known = containers.read(state.id)
         # Two engines may give the same name to containers of their own.
         if known and known.bundle == state.bundle:
-            lock = container_dir.Lock(containers, known.root)
-            with lock:
+            with container_dir.Lock(containers, known.root) as lock:
                 if known.is_there():  # or else another one's poststop has done this for us
                     _end(lock, known, warnings)
     except OSError as error:

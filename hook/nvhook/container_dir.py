@@ -19,14 +19,13 @@ import stat
 import time
 
 from . import quickjson, state_dir
-from .errors import ContainerError, SpecError
+from .errors import ContainerError, SpecError, reason
 from .linux import files, identity, proc
 from .linux.root import DIRECTORY
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from types import TracebackType
     from typing import Any  # noqa: TID251 - never at run time
 
     from .container import Container
@@ -80,6 +79,17 @@ class Containers:
         except (OSError, ValueError, KeyError, TypeError):
             os.close(fd)
             return None
+
+    def over(self, root: Identity, *, but: str = "") -> Iterator[ContainerDirectory]:
+        """The containers over this root filesystem, but for that of the id `but`."""
+        for name in self.ids():
+            other = self.read(name) if name != but else None
+            if other is None:
+                continue
+            if other.root.is_same_object(root):
+                yield other
+            else:
+                other.close()  # there may be more of them than this process may have open files
 
     def close(self) -> None:
         os.close(self.fd)
@@ -179,7 +189,8 @@ class ContainerDirectory:
 
     def remove(self) -> None:
         """The directory and all that is in it. Whatever else somebody put there stays, and the directory with it."""
-        for name in (_TRACES, files.beside_of(_TRACES), _CACHE, _CONTAINER):  # the last one makes it a container's
+        beside = [files.beside_of(name) for name in (_TRACES, _CONTAINER)]  # of a process that was killed
+        for name in (_TRACES, *beside, _CACHE, _CONTAINER):  # the last one makes it a container's
             self._unlink(name)
         os.rmdir(self.id, dir_fd=self._containers.fd)
 
@@ -201,18 +212,16 @@ class Lock:
     of a file which the former holder has removed by then has nothing, and tries again.
     """
 
-    __slots__ = ("_containers", "_fd", "_name", "_root", "_tree")
+    __slots__ = ("_containers", "_fd", "_name", "_root")
 
     def __init__(self, containers: Containers, root: Identity, tree: Root | None = None) -> None:
-        """What is waited counts as time of the look-ups in `tree`, so that both together are bounded."""
+        """Take it; the end of a `with` block gives it back. What is waited counts as time of the look-ups in `tree`, so
+        that both together are bounded. ContainerError where another process keeps it for too long, OSError where there
+        can be none."""
         self._containers = containers
         self._root = root
-        self._tree = tree
         self._name = f".{root.device}-{root.inode}.lock"  # no id begins with a dot
         self._fd = -1
-
-    def __enter__(self) -> None:
-        """ContainerError where another process keeps it for too long, OSError where there can be none."""
         begin = time.monotonic()
         while not self._try():
             if time.monotonic() - begin > _LOCK_SECONDS:
@@ -222,14 +231,19 @@ class Lock:
                     "start it again, or give it a root filesystem of its own",
                 )
             time.sleep(0.001)
-        if self._tree is not None:
-            self._tree.spend(time.monotonic() - begin)
+        if tree is not None:
+            tree.spend(time.monotonic() - begin)
 
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        os.unlink(self._name, dir_fd=self._containers.fd)
-        os.close(self._fd)
+    def __enter__(self) -> Lock:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        try:
+            os.unlink(self._name, dir_fd=self._containers.fd)
+        except OSError:
+            return  # read-only by now: the file stays, and the next one takes it
+        finally:
+            os.close(self._fd)
 
     def _try(self) -> bool:
         flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -245,14 +259,7 @@ class Lock:
 
     def others(self, but: str) -> Iterator[ContainerDirectory]:
         """The containers over this root filesystem, but for that of this id."""
-        for name in self._containers.ids():
-            other = self._containers.read(name) if name != but else None
-            if other is None:
-                continue
-            if other.root.is_same_object(self._root):
-                yield other
-            else:
-                other.close()  # there may be more of them than this process may have open files
+        return self._containers.over(self._root, but=but)
 
     def register(self, state: State, container: Container, warnings: list[str]) -> ContainerDirectory:
         """Make the directory of a container that is being created. The lock is held.
@@ -272,8 +279,13 @@ class Lock:
         if since % _SWEEP_EVERY == 0:
             self._sweep(state.id)
         fd = state_dir.make_private(self._containers.fd, state.id)
-        _replace(fd, _CONTAINER, quickjson.dumps(document))
-        return ContainerDirectory(self._containers, state.id, fd, document)
+        directory = ContainerDirectory(self._containers, state.id, fd, document)
+        try:
+            _replace(fd, _CONTAINER, quickjson.dumps(document))
+        except OSError:
+            directory.remove()  # what says nothing of a container is never swept
+            raise
+        return directory
 
     def _sweep(self, but: str) -> None:
         """Remove directories of containers that are over and whose root filesystem is gone, if there are such: with
@@ -311,8 +323,8 @@ class Unlocked:
 
     __slots__ = ()
 
-    def __enter__(self) -> None:
-        return
+    def __enter__(self) -> Unlocked:
+        return self
 
     def __exit__(self, *_: object) -> None:
         return
@@ -333,10 +345,29 @@ def lock_without_note(path: str, container: Container) -> Lock | Unlocked:
 
 
 def lock(path: str, container: Container) -> Lock:
-    """The lock of the container's root filesystem; `path` is STATE. OSError where nothing can be kept about it."""
+    """The lock of the container's root filesystem; `path` is STATE. OSError where nothing can be kept about it.
+
+    ContainerError as well where something is kept about another container over it, whose end this one would not survive.
+    """
     if container.host_identity is None:
         raise OSError(errno.ENOENT, f"the host has no `{container.rootfs}`, or another directory there")
-    return Lock(Containers(path, container.names.top), container.host_identity, container.root)
+    containers = Containers(path, container.names.top)
+    try:
+        return Lock(containers, container.host_identity, container.root)
+    except OSError as error:
+        expect_none(containers.over(container.host_identity), container, reason(error))
+        raise
+
+
+def expect_none(others: Iterator[ContainerDirectory], container: Container, why: str) -> None:
+    """Nothing can be kept about the container: ContainerError where that is not its affair alone. The last of the
+    `others` over its root filesystem would take away what it has mounted on, and with that its GPUs."""
+    other = next(others, None)
+    if other:
+        raise ContainerError(
+            f"keep a note of a container over `{container.rootfs}`, over which container `{other.id}` is: {why}",
+            "make room in the state directory, or give it a root filesystem of its own",
+        )
 
 
 def _clear(containers: int, id: str) -> bool:  # noqa: A002 - OCI's name

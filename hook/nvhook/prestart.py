@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from .audit import Audit
     from .config import Config
     from .container import Container
+    from .container_dir import Lock, Unlocked
     from .driver import Driver
     from .gpus import Gpus, Selection
     from .linux.cgroups import Rule
@@ -82,36 +83,47 @@ def serve(
     edits = ahead.edits
     closed = _not_allowed(edits, described) if trail else []
     try:
-        container.lock = container_dir.lock(config.state_dir, container)
-    except OSError as error:
-        what = f"keep a note of the container below `{config.state_dir}`"
-        warnings.append(f"{what}: {reason(error)}; empty files will stay in the container's layer")
-    with container.lock:
-        container.directory = _register(state, container, warnings)
-        try:
-            _tell_systemd(closed, config, container, warnings)
-            change(config, container, edits, closed)
-        except BaseException:
-            cleanup.forget(container)
-            ahead.take_back()
-            raise
-        if container.directory:
-            _note(container.directory, container, edits, warnings)
+        with _lock(config, container, warnings):
+            container.directory = _register(state, container, warnings)
+            try:
+                _tell_systemd(closed, config, container, warnings)
+                change(config, container, edits, closed)
+            except BaseException:
+                cleanup.forget(container)
+                raise
+            if container.directory:
+                _note(container.directory, container, edits, warnings)
+    except BaseException:
+        ahead.take_back()
+        raise
     if trail:
         trail.grant()
     if trail and ahead.made:  # without the wrapper no hook comes when the container's program runs
         ahead.made.keep()
 
 
+def _lock(config: Config, container: Container, warnings: list[str]) -> Lock | Unlocked:
+    try:
+        container.lock = container_dir.lock(config.state_dir, container)
+    except OSError as error:
+        what = f"keep a note of the container below `{config.state_dir}`"
+        warnings.append(f"{what}: {reason(error)}; empty files will stay in the container's layer")
+    return container.lock
+
+
 def _register(state: spec.State, container: Container, warnings: list[str]) -> container_dir.ContainerDirectory | None:
-    """Before anything is made in the root filesystem: whoever cleans up another container's looks for ours."""
+    """Before anything is made in the root filesystem: whoever cleans up another container's looks for ours.
+
+    ContainerError where nothing can be kept about it, and there is another one.
+    """
     try:
         return container.lock.register(state, container, warnings)
     except SpecError as error:
-        warnings.append(f"{error.message}; empty files will stay in the container's layer")
+        why = error.message
     except OSError as error:
         why = f"note the container `{state.id}`: {reason(error)}"
-        warnings.append(f"{why}; empty files will stay in the container's layer")
+    container_dir.expect_none(container.lock.others(state.id), container, why)
+    warnings.append(f"{why}; empty files will stay in the container's layer")
     return None
 
 

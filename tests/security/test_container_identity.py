@@ -4,6 +4,7 @@ one whose root filesystem is exchanged while it runs, and several over one root 
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import os
@@ -43,8 +44,12 @@ class Running:
         self.first = self._answer()
 
     def _answer(self) -> str:
+        """Up to an empty line, or its end."""
         assert self.process.stdout
-        return "".join(iter(self.process.stdout.readline, "\n"))
+        lines = []
+        while (line := self.process.stdout.readline()) not in ("\n", ""):
+            lines.append(line)
+        return "".join(lines)
 
     def gpus(self) -> str:
         assert self.process.stdin
@@ -270,3 +275,76 @@ def test_one_after_the_other(shop: Workshop, config: Path) -> None:
     for _ in itertools.repeat(None, 3):
         assert over(rootfs, shop).write(["/bin/sh", "-c", "nvidia-smi -L"]).run(config).stdout == BOTH
         assert before.keys() == tree(rootfs).keys()
+
+
+# A state directory in which nothing can be written any more
+
+
+@pytest.fixture
+def state(config: Path) -> Iterator[Path]:
+    """A file system of its own, with what a start needs that is not the container's."""
+    path = state_of(config)
+    path.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "mode=755,size=4m,nr_inodes=400", "tmpfs", str(path)], check=True)
+    yield path
+    subprocess.run(["umount", "--lazy", str(path)], check=True)
+
+
+def make_read_only(state: Path) -> None:
+    subprocess.run(["mount", "-o", "remount,ro", str(state)], check=True)
+
+
+def fill(state: Path) -> None:
+    with contextlib.suppress(OSError), (state / "fills").open("wb", buffering=0) as file:
+        while True:
+            file.write(bytes(4096))
+
+
+def use_up_inodes(state: Path) -> None:
+    with contextlib.suppress(OSError):
+        for number in itertools.count():
+            (state / f"fills{number}").touch()
+
+
+TROUBLES = pytest.mark.parametrize("trouble", [make_read_only, fill, use_up_inodes])
+WAYS = pytest.mark.parametrize("way", ["wrapper", "hook-alone"])
+
+
+@TROUBLES
+@WAYS
+def test_nothing_can_be_noted(
+    shop: Workshop,
+    config: Path,
+    state: Path,
+    started: Callable[[Bundle], Running],
+    trouble: Callable[[Path], None],
+    way: str,
+) -> None:
+    """It costs empty files, and no container."""
+    started(shop.bundle().write(LISTS, ALL)).end()
+    trouble(state)
+    running = started(over(shop.bundle().rootfs, shop, hook_alone=config if way == "hook-alone" else None))
+    assert running.first == BOTH, running.errors.read_text()
+    running.end()
+    assert "Traceback" not in running.errors.read_text()
+    assert [path.name for path in (state / "containers").iterdir() if path.is_dir()] == []
+
+
+@TROUBLES
+@WAYS
+def test_nothing_can_be_noted_beside_another(
+    shop: Workshop,
+    config: Path,
+    state: Path,
+    started: Callable[[Bundle], Running],
+    trouble: Callable[[Path], None],
+    way: str,
+) -> None:
+    """The other's end would take the GPUs away from a container that it does not know of: that is not started."""
+    rootfs = shop.bundle().rootfs
+    running = started(over(rootfs, shop))
+    trouble(state)
+    refused = started(over(rootfs, shop, hook_alone=config if way == "hook-alone" else None))
+    assert refused.first == ""
+    assert "give it a root filesystem of its own" in refused.errors.read_text()
+    assert running.gpus() == BOTH
