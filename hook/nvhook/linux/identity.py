@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 
     Answer = TypeVar("Answer")
 
-# EPERM from a seccomp filter, ENOSYS and EINVAL from an older kernel, EOPNOTSUPP from a file system without handles, and
-# EOVERFLOW from one that has none for this directory, as NFS where its server's are too long (name_to_handle_at(2)).
+# EPERM from a seccomp filter, ENOSYS and EINVAL from an older kernel, EOPNOTSUPP from a file system without handles,
+# EOVERFLOW from one that has none for this directory, as NFS where its server's are too long (name_to_handle_at(2))
 _NOT_HERE = (1, 38, 22, 95, 75)
 
 
