@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import stat
 import subprocess
 import time
@@ -245,7 +246,7 @@ def test_lock_many_at_once(tmp_path: Path, rootfs: Path) -> None:
 
 
 def test_process_start_of_a_name_that_looks_like_fields(tmp_path: Path) -> None:
-    fields = " ".join(["S", *map(str, range(4, 22)), "777", "0"])
+    fields = " ".join(["S", *map(str, range(4, 20)), "1", "21", "777", "0"])
     (tmp_path / "stat").write_text(f"1 (a) Z 1 ) {fields}\n")
     fd = os.open(tmp_path, DIRECTORY)
     assert container_dir.process_start(os.open("stat", os.O_RDONLY, dir_fd=fd)) == 777
@@ -266,6 +267,47 @@ def test_zombie_is_over(tmp_path: Path, rootfs: Path) -> None:
     assert directory.is_over()
     os.waitpid(pid, 0)
     assert directory.is_over()
+
+
+_FIRST_THREAD_ENDS = """
+import ctypes, sys, threading, time
+threading.Thread(target=time.sleep, args=(600,)).start()
+sys.stdin.readline()
+ctypes.CDLL(None).syscall({"x86_64": 60}.get(__import__("os").uname().machine, 93), 0)
+"""
+
+
+def test_process_whose_first_thread_has_ended_is_alive(tmp_path: Path, rootfs: Path) -> None:
+    """A program may call pthread_exit in main, and go on."""
+    with subprocess.Popen(["/usr/bin/python3", "-IS", "-c", _FIRST_THREAD_ENDS], stdin=subprocess.PIPE) as process:
+        directory = register(tmp_path, rootfs, "web", process.pid)
+        assert process.stdin
+        process.stdin.write(b"\n")
+        process.stdin.flush()
+        stat_file = Path(f"/proc/{process.pid}/stat")
+        end = time.monotonic() + 30
+        while " Z " not in stat_file.read_text() and time.monotonic() < end:
+            time.sleep(0.01)
+        assert " Z " in stat_file.read_text()
+        assert not directory.is_over()
+        process.kill()
+    assert directory.is_over()
+
+
+@pytest.mark.parametrize("spare", [0, 1, 2])
+def test_container_that_cannot_be_read_is_not_overlooked(tmp_path: Path, rootfs: Path, spare: int) -> None:
+    """With too few open files it would seem to be none, and its mount points would go."""
+    for name in ("a", "b", "c"):
+        register(tmp_path, rootfs, name)
+    containers = container_dir.Containers(str(tmp_path / "state"))
+    root = identity.of(os.open(rootfs, DIRECTORY))
+
+    def work() -> None:
+        with pytest.raises(OSError, match="Too many open files"):  # noqa: PT012 - the limit is for this alone
+            resource.setrlimit(resource.RLIMIT_NOFILE, (os.dup(0) + 1 + spare, 4096))
+            list(containers.over(root))
+
+    test_cleanup.in_child(work)
 
 
 def test_process_that_proc_hides_is_alive(tmp_path: Path, rootfs: Path) -> None:

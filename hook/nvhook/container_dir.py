@@ -41,6 +41,7 @@ _MAX_FILE = 4 << 20
 _MAX_ID = 255  # NAME_MAX; engines use 64 and containerd allows 76
 _SWEEP_EVERY, _SWEPT = 8, 32  # one start of eight looks at so many directories: a start is not held up
 _LOCK_SECONDS = 10  # what is done under it takes milliseconds, or ldconfig's time
+_IN_DOUBT = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO)
 _ID_CHARACTERS = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_+-.")
 
 
@@ -66,18 +67,25 @@ class Containers:
             os.close(fd)
 
     def read(self, id: str) -> ContainerDirectory | None:  # noqa: A002 - OCI's name
-        """The directory of the container `id`; None where there is none, or it is not as we write it."""
+        """The directory of the container `id`; None where there is none, or it is not as we write it.
+
+        OSError where that cannot be said: a container that is not seen would lose its GPUs.
+        """
         try:
             fd = os.open(id, DIRECTORY | os.O_NOFOLLOW, dir_fd=self.fd)
-        except OSError:
+        except OSError as error:
+            if error.errno in _IN_DOUBT:
+                raise
             return None
         try:
             status = os.fstat(fd)
             if status.st_mode & 0o077 or not state_dir.is_owner(status):
                 raise ValueError("a directory that others may use")
             return ContainerDirectory(self, id, fd, _read_json(fd, _CONTAINER))
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError) as error:
             os.close(fd)
+            if isinstance(error, OSError) and error.errno in _IN_DOUBT:
+                raise
             return None
 
     def over(self, root: Identity, *, but: str = "") -> Iterator[ContainerDirectory]:
@@ -347,7 +355,7 @@ def lock_without_note(path: str, container: Container) -> Lock | Unlocked:
 def lock(path: str, container: Container) -> Lock:
     """The lock of the container's root filesystem; `path` is STATE. OSError where nothing can be kept about it.
 
-    ContainerError as well where something is kept about another container over it, whose end this one would not survive.
+    ContainerError as well where something is kept about another container over it, whose end would harm this one.
     """
     if container.host_identity is None:
         raise OSError(errno.ENOENT, f"the host has no `{container.rootfs}`, or another directory there")
@@ -410,7 +418,9 @@ def process_start(fd: int) -> int:
         fields = os.read(fd, 4096).rpartition(b")")[2].split()
     finally:
         os.close(fd)
-    return -1 if fields[0] in (b"Z", b"X") else int(fields[19])
+    # The first thread of a process may end before the others, and is a zombie until they have ended.
+    is_over = fields[0] in (b"Z", b"X") and int(fields[17]) <= 1
+    return -1 if is_over else int(fields[19])
 
 
 def _number(value: object) -> int:
