@@ -280,17 +280,19 @@ ctypes.CDLL(None).syscall({"x86_64": 60}.get(__import__("os").uname().machine, 9
 def test_process_whose_first_thread_has_ended_is_alive(tmp_path: Path, rootfs: Path) -> None:
     """A program may call pthread_exit in main, and go on."""
     with subprocess.Popen(["/usr/bin/python3", "-IS", "-c", _FIRST_THREAD_ENDS], stdin=subprocess.PIPE) as process:
-        directory = register(tmp_path, rootfs, "web", process.pid)
-        assert process.stdin
-        process.stdin.write(b"\n")
-        process.stdin.flush()
-        stat_file = Path(f"/proc/{process.pid}/stat")
-        end = time.monotonic() + 30
-        while " Z " not in stat_file.read_text() and time.monotonic() < end:
-            time.sleep(0.01)
-        assert " Z " in stat_file.read_text()
-        assert not directory.is_over()
-        process.kill()
+        try:
+            directory = register(tmp_path, rootfs, "web", process.pid)
+            assert process.stdin
+            process.stdin.write(b"\n")
+            process.stdin.flush()
+            stat_file = Path(f"/proc/{process.pid}/stat")
+            end = time.monotonic() + 30
+            while " Z " not in stat_file.read_text() and time.monotonic() < end:
+                time.sleep(0.01)
+            assert " Z " in stat_file.read_text()
+            assert not directory.is_over()
+        finally:
+            process.kill()
     assert directory.is_over()
 
 
