@@ -272,7 +272,8 @@ class Lock:
     def register(self, state: State, container: Container, warnings: list[str]) -> ContainerDirectory:
         """Make the directory of a container that is being created. The lock is held.
 
-        SpecError for an id that cannot be a directory's name; OSError where the directory cannot be made.
+        SpecError for an id that cannot be a directory's name; OSError where the directory cannot be made, or is that of
+        a container of another bundle that lives.
         """
         check_id(state.id)
         since = time.clock_gettime_ns(time.CLOCK_BOOTTIME)
@@ -315,6 +316,9 @@ class Lock:
         """Remove what is there under this id, unless it is of the same bundle and root filesystem: such a container was
         started again without a poststop in between, and what it left is this one's to clean up."""
         former = self._containers.read(state.id)
+        if former and former.bundle != state.bundle and not former.is_over():
+            # Of two engines, or of one with two directories of its own (`runc --root`).
+            raise FileExistsError(errno.EEXIST, f"a container of this id runs from the bundle `{former.bundle}`")
         if former and former.bundle == state.bundle and former.root == self._root:
             return
         if not _clear(self._containers.fd, state.id):
@@ -370,11 +374,11 @@ def lock(path: str, container: Container) -> Lock:
 def expect_none(others: Iterator[ContainerDirectory], container: Container, why: str) -> None:
     """Nothing can be kept about the container: ContainerError where that is not its affair alone. The last of the
     `others` over its root filesystem would take away what it has mounted on, and with that its GPUs."""
-    other = next(others, None)
+    other = next((other for other in others if not other.is_over()), None)
     if other:
         raise ContainerError(
             f"keep a note of a container over `{container.rootfs}`, over which container `{other.id}` is: {why}",
-            "make room in the state directory, or give it a root filesystem of its own",
+            "remove the cause, or give it a root filesystem of its own",
         )
 
 

@@ -122,7 +122,7 @@ def _register(state: spec.State, container: Container, warnings: list[str]) -> c
         why = error.message
     except OSError as error:
         why = f"note the container `{state.id}`: {reason(error)}"
-    container_dir.expect_none(container.lock.others(state.id), container, why)
+    container_dir.expect_none(container.lock.others(""), container, why)
     warnings.append(f"{why}; empty files will stay in the container's layer")
     return None
 

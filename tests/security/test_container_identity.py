@@ -32,10 +32,10 @@ LISTS = ["/bin/sh", "-c", "nvidia-smi -L; echo; while read -r _; do nvidia-smi -
 class Running:
     """A container that says what GPUs it has when it is asked."""
 
-    def __init__(self, shop: Workshop, bundle: Bundle, config: Path, wrapper: Path = WRAPPER) -> None:
+    def __init__(self, shop: Workshop, bundle: Bundle, config: Path, *options: str) -> None:
         self.bundle = bundle
         env = containers._environment(config)
-        command = [*bundle.through, str(wrapper), "run", "--bundle", str(bundle.directory), bundle.id]
+        command = [*bundle.through, str(WRAPPER), *options, "run", "--bundle", str(bundle.directory), bundle.id]
         self.errors = shop.new("errors")
         with self.errors.open("w") as errors:
             self.process = subprocess.Popen(
@@ -83,11 +83,11 @@ def state_of(config: Path) -> Path:
 
 
 @pytest.fixture
-def started(shop: Workshop, config: Path) -> Iterator[Callable[[Bundle], Running]]:
+def started(shop: Workshop, config: Path) -> Iterator[Callable[..., Running]]:
     every: list[Running] = []
 
-    def start(bundle: Bundle) -> Running:
-        every.append(Running(shop, bundle, config))
+    def start(bundle: Bundle, *options: str) -> Running:
+        every.append(Running(shop, bundle, config, *options))
         return every[-1]
 
     yield start
@@ -348,3 +348,30 @@ def test_nothing_can_be_noted_beside_another(
     assert refused.first == ""
     assert "give it a root filesystem of its own" in refused.errors.read_text()
     assert running.gpus() == BOTH
+
+
+# Two containers of one id
+
+
+@pytest.mark.parametrize("same", ["root filesystem", "nothing"])
+def test_two_containers_of_one_id(shop: Workshop, config: Path, started: Callable[..., Running], same: str) -> None:
+    """Each in a directory of the runtime's own, as those of two engines. A third one ends over the root filesystem of
+    the first, and must know of it."""
+    rootfs = shop.bundle().rootfs
+    third = started(over(rootfs, shop))
+    first = started(over(rootfs, shop))
+    bundle = over(rootfs if same == "root filesystem" else shop.bundle().rootfs, shop)
+    bundle.id = first.bundle.id
+    second = started(bundle, "--root", str(shop.new("root")))
+    if same == "nothing":
+        assert second.first == BOTH, second.errors.read_text()
+    else:
+        assert second.first == ""
+        assert first.bundle.id in second.errors.read_text()
+        assert "give it a root filesystem of its own" in second.errors.read_text()
+    third.end()
+    assert first.gpus() == BOTH
+    second.end()
+    assert first.gpus() == BOTH
+    first.end()
+    assert os.listdir(state_of(config) / "containers") == []
