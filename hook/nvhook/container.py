@@ -242,9 +242,14 @@ def _open_root(pid: int, rootfs: str, proc: int, mounts: str) -> tuple[Root, Ide
     above = Root(os.open("root", DIRECTORY, dir_fd=proc))
     try:
         parent = above.open(os.path.dirname(rootfs), DIRECTORY)
-        fd = above.open(rootfs, DIRECTORY | os.O_NOFOLLOW)
     finally:
         os.close(above.fd)
+    try:
+        # From there: a second look-up of the whole path could lead elsewhere.
+        fd = os.open(os.path.basename(rootfs), DIRECTORY | os.O_NOFOLLOW, dir_fd=parent)
+    except OSError:
+        os.close(parent)
+        raise
     try:
         mount = procfs.mount_id(fd)
         # A directory whose parent is in another mount is the root of its mount, and not one below that.
