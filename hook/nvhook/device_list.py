@@ -150,9 +150,9 @@ def _is_qualified(name: str) -> bool:
 
 
 def _is_made_of(text: str, punctuation: str) -> bool:
-    """Letters and digits of ASCII, and `punctuation`, but not that alone."""
+    """Letters and digits of ASCII, and between them `punctuation`: `nvidia.com.` is no vendor, and no other one."""
     letters = text.translate(dict.fromkeys(map(ord, punctuation)))
-    return text.isascii() and letters.isalnum()
+    return text.isascii() and letters.isalnum() and text[0].isalnum() and text[-1].isalnum()
 
 
 def _is_of_another_vendor(name: str) -> bool:
