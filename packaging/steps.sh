@@ -6,13 +6,19 @@
 
 commands='nvidia-container-runtime nvidia-container-runtime-hook nvidia-container-cli nvhook nvidia-docker'
 
-# end_reserve DIR: the process that serves the next container has the old modules. It cannot be asked to end: package
-# managers live in other control groups.
-end_reserve() {
+# server_of PREFIX: the directory of an installation's server. A socket's path has 107 bytes at most.
+server_of() {
+    name=$(printf %s "$1" | tr / -)
+    [ ${#name} -le 60 ] || name=-$(printf %s "$1" | cksum | cut -d ' ' -f 1)
+    printf '/run/nvhook/server%s\n' "$name"
+}
+
+# end_server DIR: the server there has loaded the old modules; the next start leaves a new one.
+end_server() {
     pid=
     name=
     { read -r pid <"$1/pid" && read -r name <"/proc/$pid/comm"; } 2>/dev/null || :
-    [ "$name" != nvhook-reserve ] || kill "$pid" 2>/dev/null || :
+    [ "$name" != nvhook-server ] || kill "$pid" 2>/dev/null || :
 }
 
 # warn_of_others BIN: NVIDIA's toolkit, whole or half removed, or another nvhook, which engines would find first.
@@ -41,7 +47,7 @@ forget_bytecode() {
 # after_install FORMER: nothing here is a reason for a package to fail. FORMER is empty at the first installation.
 after_install() {
     compile
-    end_reserve /run/nvhook/reserve-usr
+    end_server "$(server_of /usr)"
     warn_of_others /usr/bin
     nvhook refresh || : # no driver, or one that is half installed, is told
     if [ -d /run/systemd/system ]; then

@@ -31,7 +31,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from containers import REPOSITORY, TRIPLET, Bundle, any_cgroups, configure, make_image, reserve_of
+from containers import COMPILE, REPOSITORY, TRIPLET, Bundle, any_cgroups, configure, make_image, server_of
 from simhost import elfwriter
 from simhost.build import build
 
@@ -75,29 +75,28 @@ class Bench:
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
         self.image = make_image("debian", place / "image")
 
-    def end_reserve(self) -> int:
-        """End the process that serves the next container; its peak memory in KiB, or 0 if there was none."""
-        reserve = reserve_of(self.prefix)
+    def end_server(self) -> int:
+        """End the server; its peak memory in KiB, or 0 if there was none."""
+        server = server_of(self.prefix)
         try:
-            pid = (reserve / "pid").read_text().strip()
+            pid = (server / "pid").read_text().strip()
             status = Path(f"/proc/{pid}/status").read_text()
         except OSError:
             return 0
         os.kill(int(pid), signal.SIGKILL)
-        shutil.rmtree(reserve)
+        shutil.rmtree(server)
         return int(status.partition("VmHWM:")[2].split()[0])
 
     def alone(self) -> Side:
-        """Ours with a wrapper that leaves no such process; its configuration is to be set."""
-        wrapper = Path(f"{self.wrapper}-alone")
-        text = Path(self.wrapper).read_text()
-        line = next(line for line in text.splitlines() if line.startswith("nv_reserve="))
-        wrapper.write_text(text.replace(line, "nv_reserve="))
-        wrapper.chmod(0o755)
-        return Side(str(wrapper), None, GPUS, self.image)
+        """Ours with launchers that know of no server; its configuration is to be set."""
+        made = self.place / "alone"
+        made.mkdir(exist_ok=True)
+        env = {**os.environ, "LIBRARY": str(self.prefix / "lib/nvhook")}
+        subprocess.run([COMPILE, made], check=True, env=env)
+        return Side(str(made / "nvidia-container-runtime"), None, GPUS, self.image)
 
     def close(self) -> None:
-        self.end_reserve()
+        self.end_server()
         subprocess.run(["umount", "--lazy", self.place / "upper"], check=True)
 
     def host(self, name: str) -> Path:
@@ -278,7 +277,7 @@ def first(bench: Bench, config: Path, _peer: str) -> list[Result]:
     state = _state_of(config)
     times = []
     for _ in range(max(3, bench.runs // 8)):
-        bench.end_reserve()
+        bench.end_server()
         shutil.rmtree(state, ignore_errors=True)
         times.append(bench.start(bench.ours(config, GPUS)))
     return [
@@ -329,7 +328,7 @@ def memory(bench: Bench, config: Path, _peer: str) -> list[Result]:
     side.config = settings
     what = "its interpreter, with a request"
     results = [
-        Result("memory-reserve", "peak memory of the reserve", bench.end_reserve() / 1024, " MB", 20, "after a start"),
+        Result("memory-server", "peak memory of the server", bench.end_server() / 1024, " MB", 20, "after a start"),
         Result("memory-wrapper", "peak memory of the wrapper", _peak_of_wrapper(bench, side), " MB", 20, what),
     ]
     side.config = config
@@ -352,10 +351,6 @@ def _peak_of_wrapper(bench: Bench, side: Side) -> float:
         log = bench.place / "wrapper.log"
         words = ("create", "--bundle", str(bundle.directory), bundle.id)
         bench.call(side, bundle, *words, before=("/usr/bin/time", "-o", str(log), "-f", "%M"))
-        if side.config:
-            waiting = _state_of(side.config) / "standby" / bundle.id
-            while waiting.exists():  # for a runtime that is over: it looks at the whole driver before it knows
-                time.sleep(0.01)
         return int(log.read_text().split()[-1]) / 1024
 
 

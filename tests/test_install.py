@@ -7,12 +7,14 @@ import json
 import os
 import signal
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+from elftools.elf.elffile import ELFFile
 
-from containers import REPOSITORY
+from containers import COMPILE, REPOSITORY
 
 INSTALL = REPOSITORY / "scripts/install"
 
@@ -114,11 +116,11 @@ def test_uninstall_keeps_what_others_made(tmp_path: Path) -> None:
 def test_destdir_is_not_in_the_launchers(tmp_path: Path) -> None:
     install("install", "/opt/nvhook", "/etc", tmp_path)
     for launcher in (tmp_path / "opt/nvhook/bin").iterdir():
-        text = launcher.read_text()
-        assert str(tmp_path) not in text
-        assert "/opt/nvhook/lib/nvhook" in text
+        text = launcher.read_bytes()
+        assert str(tmp_path).encode() not in text
+        assert b"/opt/nvhook/lib/nvhook" in text
         if launcher.name != "nvidia-docker":  # has nothing to configure
-            assert "/etc/nvidia-container-runtime/config.toml" in text
+            assert b"/etc/nvidia-container-runtime/config.toml" in text
         assert os.access(launcher, os.X_OK)
 
 
@@ -183,6 +185,36 @@ def test_python_that_is_too_old(tmp_path: Path) -> None:
     old.chmod(0o755)
     line = _refused(str(INSTALL), "install", str(tmp_path / "p"), str(tmp_path / "etc"), PYTHON=str(old))
     assert line == f"install: {old} is not Python 3.10 or later\n"
+
+
+def test_no_c_compiler(tmp_path: Path) -> None:
+    """Nothing has been made by then."""
+    line = _refused(str(INSTALL), "install", str(tmp_path / "p"), str(tmp_path / "etc"), CC="no-such-compiler")
+    assert line.startswith("compile: no C compiler: install gcc and libc6-dev")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["nvidia-container-runtime", "nvidia-container-runtime-hook"])
+@pytest.mark.parametrize("compiler", ["", "gcc"], ids=["default", "gcc"])
+def test_launchers_are_hardened(tmp_path: Path, name: str, compiler: str) -> None:
+    """PIE, its relocations read-only from the start, no executable stack, stack protector; and nothing is loaded."""
+    env = {**os.environ, **({"CC": compiler} if compiler else {})}
+    subprocess.run([COMPILE, tmp_path], env=env, check=True)
+    with (tmp_path / name).open("rb") as file:
+        elf = ELFFile(file)
+        assert elf["e_type"] == "ET_DYN"
+        segments = {segment["p_type"]: segment for segment in elf.iter_segments()}
+        assert "PT_GNU_RELRO" in segments
+        assert not segments["PT_GNU_STACK"]["p_flags"] & 1
+        assert "PT_INTERP" not in segments
+        flags = {tag["d_val"] for tag in _dynamic(segments["PT_DYNAMIC"]) if tag.entry.d_tag == "DT_FLAGS_1"}
+        assert flags
+        assert all(flag & 1 for flag in flags)  # DF_1_NOW
+    assert b"nvhook" in (tmp_path / name).read_bytes()[: 16 << 10]  # by which doctor knows it
+
+
+def _dynamic(segment: Any) -> Iterator[Any]:
+    yield from segment.iter_tags()
 
 
 def test_others_of_the_same_name_are_told(tmp_path: Path) -> None:
