@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import tempfile
@@ -86,7 +87,8 @@ def installed(installation: Installed, shop: Workshop) -> Iterator[Installed]:
     yield installation
     for pid in (installation.pid(), *installation.children("nvhook-ready")):
         if pid:
-            os.kill(pid, signal.SIGCONT)
+            with contextlib.suppress(ProcessLookupError):  # it has just ended
+                os.kill(pid, signal.SIGCONT)
 
 
 VERSION_LINE = (
