@@ -22,7 +22,7 @@ test-security:
 
 # SECONDS=3600: every reader of foreign input, on inputs that no other run has had
 fuzz:
-	NVHOOK_FUZZ_SECONDS=$(or $(SECONDS),600) scripts/test -q tests/security/test_fuzz.py -k for_long
+	NVHOOK_FUZZ_SECONDS=$(or $(SECONDS),600) scripts/test -q tests/security/test_fuzz.py tests/security/test_launcher.py -k "for_long or memory"
 
 # RUNS=40 ROWS=gpu,no-request PEER=DIR JSON=FILE
 bench: build/requirements.stamp

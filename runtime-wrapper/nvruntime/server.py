@@ -55,7 +55,7 @@ _REAPERS = ("systemd", "init", "containerd-shim")
 _CODE = os.path.dirname(os.path.abspath(__file__))
 
 
-class _Refused(Exception):  # noqa: N818 - the caller does the work itself
+class Refused(Exception):  # noqa: N818 - the caller does the work itself
     pass
 
 
@@ -341,11 +341,11 @@ class Child:
         try:
             caller = Caller(_accept(self._listener), self._own, self._code)
             words = caller.receive()
-        except (_Refused, OSError):
+        except (Refused, OSError):
             return False
         _unlink(f"{self._place}/child-{os.getpid()}")
         if words[0] != "hook":
-            raise _Refused
+            raise Refused
         caller.answer(prepared.serve())
         return True
 
@@ -361,14 +361,14 @@ class Caller:
     __slots__ = ("_connection", "_pid", "process")
 
     def __init__(self, connection: _socket.socket, own: list[object], code: list[tuple[int, int]]) -> None:
-        """_Refused for one that does not live as the server does: our work would not be what it would do itself."""
+        """Refused for one that does not live as the server does: our work would not be what it would do itself."""
         self._connection = connection
         self._pid, uid, _ = _CREDENTIALS.unpack(connection.getsockopt(_socket.SOL_SOCKET, _SO_PEERCRED, 12))
         if uid != 0 or self._pid <= 0:
-            raise _Refused
+            raise Refused
         self.process = os.pidfd_open(self._pid)
         if _identity(str(self._pid)) != own or _version_of_code() != code:
-            raise _Refused
+            raise Refused
         # The process that connected may be over, and its number another's by now. So the kernel is to say which process
         # sends the request: if that has the number, and the process of the pidfd still lives, they are the same.
         connection.setsockopt(_socket.SOL_SOCKET, _SO_PASSCRED, 1)
@@ -377,16 +377,16 @@ class Caller:
         """The words of main.run; this process has the caller's directory, streams, environment and umask then."""
         self._connection.send(_MAGIC + struct.pack("=i", os.getpid()))
         if not readable([self._connection.fileno()], _SILENCE):
-            raise _Refused
+            raise Refused
         space = _socket.CMSG_SPACE(_CREDENTIALS.size) + _socket.CMSG_SPACE(4 * _DESCRIPTORS)
         content, messages, flags, _ = self._connection.recvmsg(_MAX_REQUEST + 1, space, _socket.MSG_CMSG_CLOEXEC)
         found = {kind: data for level, kind, data in messages if level == _socket.SOL_SOCKET}
         descriptors = array.array("i", found.get(_socket.SCM_RIGHTS, b""))
         sender = _CREDENTIALS.unpack(found.get(_SCM_CREDENTIALS, bytes(12)))
         if flags & (_socket.MSG_TRUNC | _socket.MSG_CTRUNC) or len(descriptors) != _DESCRIPTORS:
-            raise _Refused
+            raise Refused
         if sender[:2] != (self._pid, 0) or readable([self.process], 0):
-            raise _Refused
+            raise Refused
         words, variables, umask = parse(content)
         os.fchdir(descriptors[0])
         for target in (0, 1, 2):
@@ -411,19 +411,19 @@ class Caller:
 
 
 def parse(content: bytes) -> tuple[list[str], dict[bytes, bytes], int]:
-    """(words, variables, umask) of a request; _Refused if it is none."""
+    """(words, variables, umask) of a request; Refused if it is none."""
     if len(content) < _HEAD.size:
-        raise _Refused
+        raise Refused
     count, variables, umask = _HEAD.unpack_from(content)
     parts = content[_HEAD.size :].split(b"\0")
     if parts.pop() or count + variables != len(parts) or not count or umask > 0o777:
-        raise _Refused
+        raise Refused
     pairs = (part.partition(b"=") for part in parts[count:])
     return [os.fsdecode(part) for part in parts[:count]], {name: value for name, _, value in pairs if name}, umask
 
 
 def _identity(pid: str) -> list[object]:
-    """How the process lives: root directory, namespaces, security label, rights. _Refused if it is over."""
+    """How the process lives: root directory, namespaces, security label, rights. Refused if it is over."""
     place = f"/proc/{pid}"
     try:
         root = os.stat(f"{place}/root")
@@ -433,7 +433,7 @@ def _identity(pid: str) -> list[object]:
             lines = file.read().split(b"\n")
         found += [line for line in lines if line.startswith((b"Uid:", b"CapEff:", b"NoNewPrivs:", b"Seccomp:"))]
     except OSError:
-        raise _Refused from None
+        raise Refused from None
     try:
         with open(f"{place}/attr/current", "rb") as file:
             found.append(file.read())

@@ -14,6 +14,7 @@ import struct
 import subprocess
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -116,7 +117,7 @@ def test_the_attack_would_work(installed: Installed, canary: Canary, attack: Pat
     assert done.stdout == "connected\ngreeted\nanswered\n"
 
 
-CONTAINERS = {
+CONTAINERS: dict[str, dict[str, Any]] = {
     "no-capabilities": {"capabilities": {}},
     "all-capabilities": {},
     "privileged": {"capabilities": "all"},
