@@ -39,9 +39,9 @@ uninstall:
 docs: build/requirements.stamp
 	NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build
 
-# into build/dist; what the tools are called in Debian: dpkg-dev, rpm
+# into build/dist; what the tools are called in Debian: dpkg-dev, rpm. ARCH=arm64: with gcc-aarch64-linux-gnu, on amd64
 deb rpm: build/man/nvhook.1
-	packaging/build $@
+	NVHOOK_ARCH=$(ARCH) packaging/build $@
 
 sbom: build/requirements.stamp
 	.venv/bin/python scripts/sbom.py build/dist
