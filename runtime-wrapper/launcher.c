@@ -28,8 +28,9 @@
 #include <unistd.h>
 
 enum {
-    PATIENCE_MS = 200,         /* of silence: then we do the work, or see whether the other side is stopped */
-    MAX_PATIENCE = 300,        /* times that long for a child that is at work for us: its own limit is 60 s */
+    PATIENCE_MS = 200,         /* of silence: then we do the work, or see what the other side does */
+    MOST_STARVED = 10,         /* times that long for a server that has no processor */
+    MOST_AT_WORK = 300,        /* times that long for a child that is at work for us: its own limit is 60 s */
     MAX_CONFIG = 1 << 20,      /* bytes; Python reads a longer config.toml */
     MAX_REQUEST = 128 << 10,   /* bytes; below the 208 KiB that a socket takes by default */
     MAX_STATE = (1 << 20) + 1, /* bytes of a container's state: Python refuses one of more than 1 MiB */
@@ -95,16 +96,37 @@ static _Noreturn void become_python(char **words) {
 
 /* ---- the server */
 
-static bool is_stopped(pid_t pid) {
+/* The beginning of a file of /proc; empty for a process that is over. */
+static void read_proc(const char *path, char *content, size_t size) {
+    int fd = open(path, O_RDONLY | O_CLOEXEC);
+    ssize_t got = fd < 0 ? -1 : read(fd, content, size - 1);
+    if (fd >= 0) close(fd);
+    content[got > 0 ? got : 0] = '\0';
+}
+
+/* The letter that the kernel has for it: R runs or waits for a processor, T is stopped, X is over. */
+static char state_of(pid_t pid) {
     char path[32], content[512];
     snprintf(path, sizeof path, "/proc/%d/stat", (int)pid);
-    int fd = open(path, O_RDONLY | O_CLOEXEC);
-    if (fd < 0) return true; /* it is over */
-    ssize_t size = read(fd, content, sizeof content - 1);
-    close(fd);
-    content[size > 0 ? size : 0] = '\0';
+    read_proc(path, content, sizeof content);
     const char *name_end = strrchr(content, ')');
-    return !name_end || strlen(name_end) < 3 || strchr("TtZX", name_end[2]);
+    return name_end && strlen(name_end) > 2 ? name_end[2] : 'X';
+}
+
+static bool is_stopped(pid_t pid) {
+    return strchr("TtZX", state_of(pid));
+}
+
+/* Whether a server that has not answered waits for a processor, or one of its children: Python would have to as well. */
+static bool is_starved(pid_t server) {
+    char path[64], content[4096];
+    if (is_stopped(server)) return false;
+    if (state_of(server) == 'R') return true;
+    snprintf(path, sizeof path, "/proc/%d/task/%d/children", (int)server, (int)server);
+    read_proc(path, content, sizeof content);
+    for (char *number = strtok(content, " "); number; number = strtok(NULL, " "))
+        if (state_of((pid_t)strtol(number, NULL, 10)) == 'R') return true;
+    return false;
 }
 
 static bool is_readable(int fd, int milliseconds) {
@@ -112,18 +134,18 @@ static bool is_readable(int fd, int milliseconds) {
     return poll(&waiting, 1, milliseconds) > 0;
 }
 
-/* A connection to the socket `name` in the server's directory; -1 where there is none that root alone can have made. */
-static int connect_to(const char *name) {
+/* A connection to the socket `name` in the server's directory, and its `owner`, who listens there; -1 where there is none
+ * that root alone can have made. */
+static int connect_to(const char *name, struct ucred *owner) {
     struct sockaddr_un address = {.sun_family = AF_UNIX};
     struct stat status;
     if (lstat(SERVER, &status) || !S_ISDIR(status.st_mode) || status.st_uid != 0 || status.st_mode & 077) return -1;
     if (snprintf(address.sun_path, sizeof address.sun_path, "%s/%s", SERVER, name) >= (int)sizeof address.sun_path)
         return -1;
     int fd = socket(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
-    struct ucred owner = {.uid = -1};
-    socklen_t size = sizeof owner;
+    socklen_t size = sizeof *owner;
     if (fd >= 0 && (connect(fd, (struct sockaddr *)&address, sizeof address) ||
-                    getsockopt(fd, SOL_SOCKET, SO_PEERCRED, &owner, &size) || owner.uid != 0)) {
+                    getsockopt(fd, SOL_SOCKET, SO_PEERCRED, owner, &size) || owner->uid != 0)) {
         close(fd);
         return -1;
     }
@@ -172,18 +194,19 @@ static bool send_request(int fd, struct text request) {
 /* Ask whoever listens on the socket `name`: the exit status, or -1 where we have to do the work.
  *
  * The other side greets us with its process number, gets the request, and answers with the status. It begins to work
- * only when it has the request: one that wakes after we have given up finds the connection closed. `worker` is the
- * process that is to greet us, if it is known: it may be at work for us already, and is given time. */
-static int ask(const char *name, struct text request, pid_t worker) {
+ * only when it has the request: one that wakes after we have given up finds the connection closed. With `is_at_work` it
+ * works for us already, and is given the time that this takes. */
+static int ask(const char *name, struct text request, bool is_at_work) {
     struct {
         char magic[4];
         int32_t pid;
     } greeting;
-    int fd = connect_to(name), patience = MAX_PATIENCE, status = -1;
+    struct ucred owner;
+    int fd = connect_to(name, &owner), patience = is_at_work ? MOST_AT_WORK : MOST_STARVED, status = -1;
     unsigned char answer;
     if (fd < 0) return -1;
     while (!is_readable(fd, PATIENCE_MS))
-        if (!worker || is_stopped(worker) || !--patience) goto over;
+        if (!--patience || (is_at_work ? is_stopped(owner.pid) : !is_starved(owner.pid))) goto over;
     if (recv(fd, &greeting, sizeof greeting, 0) != sizeof greeting || memcmp(greeting.magic, "NVH1", 4)) goto over;
     if (!send_request(fd, request)) goto over;
     while (!is_readable(fd, PATIENCE_MS))
@@ -451,7 +474,7 @@ int main(int argc, char **argv) {
                                     config.is_understood ? config.names : "", runtime ? runtime : ""};
         char **work = join(ours, sizeof ours / sizeof *ours, words);
         struct text request = runtime && may_ask_server() ? encode(work) : (struct text){0};
-        int status = request.data ? ask("socket", request, 0) : -1;
+        int status = request.data ? ask("socket", request, false) : -1;
         if (status > 0) return status;
         if (status < 0) become_python(work);
     }
@@ -499,10 +522,10 @@ int main(int argc, char **argv) {
         struct text request = encode(work);
         int status = -1;
         snprintf(name, sizeof name, "child-%ld", child);
-        if (request.data && child) status = ask(name, request, (pid_t)child);
+        if (request.data && child) status = ask(name, request, true);
         if (request.data && status < 0) {
             lseek(0, 0, SEEK_SET);
-            status = ask("socket", request, 0);
+            status = ask("socket", request, false);
         }
         if (status >= 0) return status;
         lseek(0, 0, SEEK_SET);

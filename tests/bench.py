@@ -333,7 +333,7 @@ def memory(bench: Bench, config: Path, _peer: str) -> list[Result]:
     ]
     side.config = config
     log = bench.place / "memory.log"
-    hook = bench.prefix / "bin/nvidia-container-runtime-hook"
+    hook = Path(side.runtime).with_name("nvidia-container-runtime-hook")
     kept = hook.with_suffix(".kept")
     hook.rename(kept)
     hook.write_text(f'#!/bin/sh\nexec /usr/bin/time -a -o {log} -f %M {kept} "$@"\n')

@@ -238,7 +238,7 @@ class Server:
 
     def serve(self) -> None:
         """Until nothing has been asked for so long, or other modules are installed."""
-        self._fork()
+        self._fork(is_awaited=False)
         while True:
             waited = list(self._busy)
             if self._ready >= 0:
@@ -249,8 +249,9 @@ class Server:
             if (not events and len(self._busy) <= 1) or _version_of_code() != self._code:
                 return  # the child that waits ends with us
             is_over = [self._end(fd) for fd in events if fd in self._busy]
-            if self._ready < 0 and (any(is_over) or self._listener.fileno() in events):
-                self._fork()
+            is_awaited = self._listener.fileno() in events
+            if self._ready < 0 and (any(is_over) or is_awaited):
+                self._fork(is_awaited)
 
     def _end(self, fd: int) -> bool:
         """Whether a child is over; else it has a caller now."""
@@ -264,7 +265,8 @@ class Server:
             self._ready = -1
         return not was_ready  # one that ended by itself is not replaced before somebody asks
 
-    def _fork(self) -> None:
+    def _fork(self, is_awaited: bool) -> None:
+        """A child that waits in accept(), or has a caller there already."""
         done, theirs = os.pipe2(os.O_CLOEXEC)
         server = os.getpid()
         pid = os.fork()
@@ -279,6 +281,8 @@ class Server:
                 os.close(fd)
             kernel.prctl(kernel.PR_SET_PDEATHSIG, signal.SIGKILL)
             if os.getppid() == server:
+                if not is_awaited:
+                    memory.populate()  # every page that is written to would cost a fault and a copy later
                 Child(self._place, self._listener, theirs, self._own, self._code).serve()
         finally:
             os._exit(0)
@@ -302,7 +306,6 @@ class Child:
     def serve(self) -> None:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         _be_called("nvhook-ready")
-        memory.populate()  # every page that is written to would cost a fault and a copy while somebody waits
         connection = _accept(self._listener)
         os.write(self._done, b"\n")
         kernel.prctl(kernel.PR_SET_PDEATHSIG, 0)
@@ -429,14 +432,21 @@ def _identity(pid: str) -> list[object]:
         root = os.stat(f"{place}/root")
         found: list[object] = [root.st_dev, root.st_ino]
         found += [os.stat(f"{place}/ns/{name}").st_ino for name in ("mnt", "pid", "user")]
-        with open(f"{place}/status", "rb") as file:
-            lines = file.read().split(b"\n")
+        lines = _read(f"{place}/status").split(b"\n")
         found += [line for line in lines if line.startswith((b"Uid:", b"CapEff:", b"NoNewPrivs:", b"Seccomp:"))]
     except OSError:
         raise Refused from None
     try:
-        with open(f"{place}/attr/current", "rb") as file:
-            found.append(file.read())
+        found.append(_read(f"{place}/attr/current"))
     except OSError:  # no SELinux and no AppArmor here
         found.append(b"")
     return found
+
+
+def _read(path: str) -> bytes:
+    """A small file of /proc, without the buffers and the questions of open()."""
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        return os.read(fd, 8192)
+    finally:
+        os.close(fd)
