@@ -144,7 +144,8 @@ static int connect_to(const char *name, struct ucred *owner) {
         return -1;
     int fd = socket(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
     socklen_t size = sizeof *owner;
-    if (fd >= 0 && (connect(fd, (struct sockaddr *)&address, sizeof address) ||
+    /* In the place of a standard stream that the caller has closed, it would be written to. */
+    if (fd >= 0 && (fd <= 2 || connect(fd, (struct sockaddr *)&address, sizeof address) ||
                     getsockopt(fd, SOL_SOCKET, SO_PEERCRED, owner, &size) || owner->uid != 0)) {
         close(fd);
         return -1;

@@ -19,6 +19,7 @@ from pathlib import Path
 import pytest
 
 import containers
+from conftest import cannot
 from containers import Bundle, Workshop
 from installed import ALL, BOTH, HOST, LIST, Installed, is_over, name_of, wait_until
 
@@ -184,6 +185,26 @@ def test_streams_and_directory_are_given_back_before_it_waits(shop: Workshop, in
     groups = [line for line in lines if line[:1].isdecimal()]
     assert groups
     assert all(line.endswith(":/") for line in groups)
+
+
+def test_no_path_is_looked_up_in_the_container(shop: Workshop, installed: Installed) -> None:
+    """After the process has entered its mount namespace there are descriptors alone (docs/architecture.md, rule 1)."""
+    if not shutil.which("strace"):
+        cannot("strace is not installed")
+    lines: list[str] = []
+    for _ in range(20):
+        child, log = installed.ready(), shop.new("trace")
+        calls = "trace=open,openat,openat2,chdir,execve,setns,stat,newfstatat"
+        strace = subprocess.Popen(["strace", "-qq", "-e", calls, "-o", str(log), "-p", str(child)])
+        assert wait_until(lambda: "TracerPid:\t0\n" not in Path(f"/proc/{child}/status").read_text())  # noqa: B023
+        assert shop.bundle().write(LIST, ALL).run(shop.config(HOST), wrapper=installed.wrapper).stdout == BOTH
+        strace.wait(60)
+        lines = log.read_text().splitlines()
+        if any(line.startswith("setns(") for line in lines):
+            break
+    (entered,) = [number for number, line in enumerate(lines) if line.startswith("setns(")]
+    late = [line for line in lines[entered:] if '(AT_FDCWD, "/' in line or line.startswith(("chdir(", "execve("))]
+    assert late == []
 
 
 # Callers of its socket

@@ -93,7 +93,7 @@ def test_it_holds_nothing_of_the_process_that_left_it(installed: Installed) -> N
     place = Path(f"/proc/{installed.pid()}")
     targets = [os.readlink(fd) for fd in (place / "fd").iterdir()]
     others = [target.partition(":")[0] for target in targets if target != f"{installed.server}/pid"]
-    assert sorted(others) == ["/dev/null", "/dev/null", "/dev/null", "pipe", "socket"]  # of its one child
+    assert sorted(others) == ["/", *["/dev/null"] * 4, "pipe", "socket"]  # the pipe is of its one child
     assert os.readlink(place / "cwd") == "/"
     assert (place / "comm").read_text() == "nvhook-server\n"
     assert {line.rpartition(":")[2] for line in (place / "cgroup").read_text().splitlines()} == {"/"}
@@ -206,6 +206,17 @@ def _effects(
 
 def _without_times(text: str) -> list[str]:
     return [" ".join(word for word in line.split(" ") if not word.startswith("time=")) for line in text.splitlines()]
+
+
+@pytest.mark.parametrize("closed", ["0<&-", "1>&-", "2>&-", "0<&- 1>&- 2>&-"])
+def test_caller_without_standard_streams(shop: Workshop, installed: Installed, closed: str) -> None:
+    """Its socket must not be where the child writes."""
+    installed.ready()
+    bundle = shop.bundle().write(["/bin/true"], {"NVIDIA_VISIBLE_DEVICES": "7"})
+    bundle.through += ("sh", "-c", f'exec "$@" {closed}', "sh")
+    result = bundle.call(shop.config(HOST), "create", "--bundle", str(bundle.directory), "x", wrapper=installed.wrapper)
+    assert result.returncode == 1
+    assert ("unknown device" in result.stderr) == ("2>&-" not in closed)
 
 
 # It is not missed

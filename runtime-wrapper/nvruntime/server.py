@@ -106,9 +106,10 @@ def _run(place: str, lock: int) -> None:
     os.setsid()
     os.environ.clear()  # the first caller's
     os.umask(0o077)
-    _close_streams()
     os.closerange(3, lock)
     os.closerange(lock + 1, 1 << 16)
+    nowhere = Nowhere()
+    nowhere.enter()
     code = _version_of_code()
     _load()
     if not _is_inherited():
@@ -123,7 +124,7 @@ def _run(place: str, lock: int) -> None:
     os.ftruncate(lock, 0)
     os.write(lock, f"{os.getpid()}\n".encode())
     try:
-        Server(place, lock, listener, code).serve()
+        Server(place, lock, listener, nowhere, code).serve()
     finally:
         os.unlink(f"{place}/socket")
 
@@ -194,13 +195,22 @@ def _unlink(path: str) -> None:
         return
 
 
-def _close_streams() -> None:
-    """Nothing of a caller's stays open: its engine waits for the end of its streams."""
-    null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
-    for fd in (0, 1, 2):
-        os.dup2(null, fd)
-    os.close(null)
-    os.chdir("/")
+class Nowhere:
+    """Streams and a directory that are no caller's: its engine waits for the end of its own, and unmounts the bundle.
+
+    They are opened once: in a container's mount namespace no path may be looked up.
+    """
+
+    __slots__ = ("_directory", "_null")
+
+    def __init__(self) -> None:
+        self._null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
+        self._directory = os.open("/", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+
+    def enter(self) -> None:
+        for fd in (0, 1, 2):
+            os.dup2(self._null, fd)
+        os.fchdir(self._directory)
 
 
 def _version_of_code() -> list[tuple[int, int]]:
@@ -225,12 +235,15 @@ class Server:
     `_ready`: the same of the one child that waits in accept(), which writes a byte when it has a caller; -1 for none.
     """
 
-    __slots__ = ("_busy", "_code", "_listener", "_lock", "_own", "_place", "_ready")
+    __slots__ = ("_busy", "_code", "_listener", "_lock", "_nowhere", "_own", "_place", "_ready")
 
-    def __init__(self, place: str, lock: int, listener: _socket.socket, code: list[tuple[int, int]]) -> None:
+    def __init__(
+        self, place: str, lock: int, listener: _socket.socket, nowhere: Nowhere, code: list[tuple[int, int]]
+    ) -> None:
         self._place = place
         self._lock = lock
         self._listener = listener
+        self._nowhere = nowhere
         self._code = code
         self._own = _identity("self")
         self._ready = -1
@@ -283,7 +296,7 @@ class Server:
             if os.getppid() == server:
                 if not is_awaited:
                     memory.populate()  # every page that is written to would cost a fault and a copy later
-                Child(self._place, self._listener, theirs, self._own, self._code).serve()
+                Child(self._place, self._listener, theirs, self._nowhere, self._own, self._code).serve()
         finally:
             os._exit(0)
 
@@ -291,14 +304,21 @@ class Server:
 class Child:
     """It waits for one caller, does what is asked, and ends."""
 
-    __slots__ = ("_code", "_done", "_listener", "_own", "_place", "_task")
+    __slots__ = ("_code", "_done", "_listener", "_nowhere", "_own", "_place", "_task")
 
     def __init__(
-        self, place: str, listener: _socket.socket, done: int, own: list[object], code: list[tuple[int, int]]
+        self,
+        place: str,
+        listener: _socket.socket,
+        done: int,
+        nowhere: Nowhere,
+        own: list[object],
+        code: list[tuple[int, int]],
     ) -> None:
         self._place = place
         self._listener = listener
         self._done = done
+        self._nowhere = nowhere
         self._own = own
         self._code = code
         self._task: Task | None = None
@@ -316,7 +336,7 @@ class Child:
         from . import main
 
         status = main.run(words, main.parse(words), self._stay)
-        caller.answer(status)
+        caller.answer(status, self._nowhere)
         if self._task and not status:
             self._be_ahead(self._task, caller.process)
 
@@ -349,7 +369,7 @@ class Child:
         _unlink(f"{self._place}/child-{os.getpid()}")
         if words[0] != "hook":
             raise Refused
-        caller.answer(prepared.serve())
+        caller.answer(prepared.serve(), self._nowhere)
         return True
 
 
@@ -401,11 +421,11 @@ class Caller:
         os.environb.update(variables)
         return words
 
-    def answer(self, status: int) -> None:
+    def answer(self, status: int, nowhere: Nowhere) -> None:
         """And wait until it has closed the connection: ending takes processor time that it needs."""
         sys.stdout.flush()
         sys.stderr.flush()
-        _close_streams()
+        nowhere.enter()
         self._connection.send(bytes([status]))
         waiting = select.poll()
         waiting.register(self._connection.fileno(), 0)  # POLLHUP alone
