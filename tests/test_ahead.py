@@ -4,6 +4,7 @@ container gets its GPUs, and nothing of it is left."""
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
@@ -71,9 +72,18 @@ class Between:
         return int(self._pids.read_text())
 
 
-@pytest.fixture
-def between(shop: Workshop, installed: Installed) -> Callable[[str], Between]:
-    return lambda what: Between(shop, installed, what)
+@pytest.fixture(params=["server", "alone"])
+def between(request: pytest.FixtureRequest, shop: Workshop, installed: Installed) -> Iterator[Callable[[str], Between]]:
+    """The process is a child of the server, or, where there can be no server (below conmon), one that Python leaves."""
+    if request.param == "server":
+        yield lambda what: Between(shop, installed, what)
+        return
+    installed.end()
+    installed.server.mkdir(mode=0o700)
+    lock = os.open(installed.server / "pid", os.O_RDWR | os.O_CREAT, 0o600)
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    yield lambda what: Between(shop, installed, what)
+    os.close(lock)
 
 
 @pytest.mark.parametrize(
@@ -88,7 +98,7 @@ def between(shop: Workshop, installed: Installed) -> Callable[[str], Between]:
         pytest.param("rm {server}/child-$pid", id="its-socket-removed"),
         pytest.param("rm {server}/child-$pid; touch {server}/child-$pid", id="a-file-there"),
         pytest.param("rm {server}/*", id="all-sockets-removed"),
-        pytest.param("kill -9 $pid; kill -9 $(cat {server}/pid)", id="server-killed-too"),
+        pytest.param("kill -9 $pid $(cat {server}/pid)", id="server-killed-too"),
     ],
 )
 def test_container_gets_its_gpus_whatever_happens(
@@ -101,19 +111,20 @@ def test_container_gets_its_gpus_whatever_happens(
     if "STOP" in what:
         os.kill(pid, signal.SIGCONT)
     assert wait_until(lambda: is_over(pid))
-    if str(installed.server) in what.format(server=installed.server):
+    if str(installed.server) in what.format(server=installed.server) or not installed.pid():
         installed.end()
     assert wait_until(lambda: not list(installed.server.glob("child-*")))
 
 
 def test_it_is_asked_and_no_interpreter(between: Callable[[str], Between], installed: Installed) -> None:
-    """The processes of ours from `create` to the end are launchers."""
+    """The hook of the start is the launcher. Without a server the wrapper is Python, and the hook of the end."""
     start = between("sleep 0.3")
+    expected = 0 if installed.pid() else 2
 
     def is_light() -> bool:
         installed.interpreters()
         assert start.start().stdout == BOTH
-        return installed.interpreters() == 0
+        return installed.interpreters() == expected
 
     assert any(is_light() for _ in range(20))
 

@@ -161,7 +161,7 @@ def _effects(
     shop: Workshop, installed: Installed, settings: dict[str, str], env: dict[str, str], here: bool, with_server: bool
 ) -> list[object]:
     place = shop.place / "effects"
-    shutil.rmtree(place, ignore_errors=True)
+    assert wait_until(lambda: _is_gone(place))  # the process that prepares may be about to write there
     place.mkdir()
     runtime = place / "runtime"
     runtime.write_text("#!/bin/sh\necho started\numask\n")
@@ -202,6 +202,11 @@ def _effects(
         if (place / name).exists()
     }
     return [result.returncode, result.stdout, result.stderr, document, logs]
+
+
+def _is_gone(place: Path) -> bool:
+    shutil.rmtree(place, ignore_errors=True)
+    return not place.exists()
 
 
 def _without_times(text: str) -> list[str]:

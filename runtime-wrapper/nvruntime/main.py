@@ -24,13 +24,14 @@ if TYPE_CHECKING:
 def main(words: list[str]) -> None:
     """Do it in this process, which ends then, or becomes the low-level runtime."""
     status = 1
+    worker = None
     try:
         call = parse(words)
         if call and call.server and words[0] == "edit":
             from . import server
 
-            server.leave(call.server)  # before anything of this container is in memory
-        status = run(words, call)
+            worker = server.leave(call.server)  # before anything of this container is in memory
+        status = run(words, call, worker.stay_alone if worker else None)
         if call and not status:
             status = become(call)
     finally:

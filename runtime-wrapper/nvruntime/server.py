@@ -62,13 +62,22 @@ class Refused(Exception):  # noqa: N818 - the caller does the work itself
 # Leaving it behind
 
 
-def leave(place: str) -> None:
-    """Start it, unless there is one; `place` is its directory. Where it cannot be, every start is one of Python."""
+def leave(place: str) -> Worker | None:
+    """Start it, unless there is one; `place` is its directory. What prepares for this start; None for a caller that is
+    not the machine's root."""
     if os.geteuid() != 0 or not userns.is_first():
-        return
+        return None
     try:
         _make_directory(os.path.dirname(place), 0o755)
         _make_directory(place, 0o700)
+    except OSError:
+        return None
+    _start(place)
+    return Worker(place, Nowhere(), _identity("self"), _version_of_code())
+
+
+def _start(place: str) -> None:
+    try:
         lock = os.open(f"{place}/pid", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -106,19 +115,18 @@ def _run(place: str, lock: int) -> None:
     os.setsid()
     os.environ.clear()  # the first caller's
     os.umask(0o077)
-    os.closerange(3, lock)
-    os.closerange(lock + 1, 1 << 16)
+    _close_others([lock])
     nowhere = Nowhere()
     nowhere.enter()
     code = _version_of_code()
-    _load()
+    _sweep(place)
     if not _is_inherited():
         return
+    _load()
     _leave_control_groups()
     _be_called("nvhook-server")
     gc.freeze()
     gc.disable()  # a child is soon over, and a collection would copy all that it shares with this process
-    _sweep(place)
     listener = _listen(f"{place}/socket")
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the kernel reaps the children
     os.ftruncate(lock, 0)
@@ -207,10 +215,22 @@ class Nowhere:
         self._null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
         self._directory = os.open("/", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
 
+    def descriptors(self) -> list[int]:
+        return [self._null, self._directory]
+
     def enter(self) -> None:
         for fd in (0, 1, 2):
             os.dup2(self._null, fd)
         os.fchdir(self._directory)
+
+
+def _close_others(kept: list[int]) -> None:
+    """All descriptors but the standard ones and these."""
+    begin = 3
+    for fd in sorted(kept):
+        os.closerange(begin, fd)
+        begin = fd + 1
+    os.closerange(begin, 1 << 16)
 
 
 def _version_of_code() -> list[tuple[int, int]]:
@@ -296,77 +316,98 @@ class Server:
             if os.getppid() == server:
                 if not is_awaited:
                     memory.populate()  # every page that is written to would cost a fault and a copy later
-                Child(self._place, self._listener, theirs, self._nowhere, self._own, self._code).serve()
+                worker = Worker(self._place, self._nowhere, self._own, self._code)
+                worker.listener = self._listener
+                worker.serve(theirs)
         finally:
             os._exit(0)
 
 
-class Child:
-    """It waits for one caller, does what is asked, and ends."""
+class Worker:
+    """What edits a container's config.json and then prepares its start: a child of the server, or a process alone."""
 
-    __slots__ = ("_code", "_done", "_listener", "_nowhere", "_own", "_place", "_task")
+    __slots__ = ("_code", "_nowhere", "_own", "_place", "_socket", "_task", "listener")
 
-    def __init__(
-        self,
-        place: str,
-        listener: _socket.socket,
-        done: int,
-        nowhere: Nowhere,
-        own: list[object],
-        code: list[tuple[int, int]],
-    ) -> None:
+    def __init__(self, place: str, nowhere: Nowhere, own: list[object], code: list[tuple[int, int]]) -> None:
         self._place = place
-        self._listener = listener
-        self._done = done
         self._nowhere = nowhere
         self._own = own
         self._code = code
         self._task: Task | None = None
+        self._socket = ""
+        self.listener: _socket.socket
 
-    def serve(self) -> None:
+    def serve(self, done: int) -> None:
+        """As a child: wait for one caller at `listener`, do what is asked, and end. `done` tells the server of it."""
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         _be_called("nvhook-ready")
-        connection = _accept(self._listener)
-        os.write(self._done, b"\n")
+        connection = _accept(self.listener)
+        os.write(done, b"\n")
         kernel.prctl(kernel.PR_SET_PDEATHSIG, 0)
         signal.alarm(_LIMIT)
-        self._listener.close()
+        self.listener.close()
         caller = Caller(connection, self._own, self._code)
         words = caller.receive()
         from . import main
 
-        status = main.run(words, main.parse(words), self._stay)
+        status = main.run(words, main.parse(words), self.stay)
         caller.answer(status, self._nowhere)
-        if self._task and not status:
-            self._be_ahead(self._task, caller.process)
+        if not status:
+            self._be_ahead(caller.process)
 
-    def _stay(self, task: Task) -> str:
-        """For create.edit: the socket for the hook is there before config.json names it."""
+    def stay(self, task: Task) -> str:
+        """For create.edit: the socket for the hook is there before config.json names it. Empty where none can be."""
         from nvhook import leftovers
 
         if not leftovers.is_name(task.id):
             return ""
-        self._listener = _listen(f"{self._place}/child-{os.getpid()}")
+        self._socket = f"{self._place}/child-{os.getpid()}"
+        try:
+            self.listener = _listen(self._socket)
+        except OSError:
+            return ""
         self._task = task
         return str(os.getpid())
 
-    def _be_ahead(self, task: Task, runtime: int) -> None:
+    def stay_alone(self, task: Task) -> str:
+        """The same for a process that becomes the low-level runtime: another one prepares, which it does not know."""
+        runtime = os.pidfd_open(os.getpid())
+        told, tell = os.pipe2(os.O_CLOEXEC)
+        _fork_twice(lambda: self._prepare_alone(task, runtime, tell))
+        os.close(tell)
+        number = os.read(told, 16).decode()
+        for fd in (told, runtime):
+            os.close(fd)
+        return number
+
+    def _prepare_alone(self, task: Task, runtime: int, tell: int) -> None:
+        os.setsid()
+        signal.alarm(_LIMIT)
+        os.write(tell, self.stay(task).encode())
+        self._nowhere.enter()
+        _close_others([runtime, self.listener.fileno(), *self._nowhere.descriptors()])
+        self._be_ahead(runtime)
+
+    def _be_ahead(self, runtime: int) -> None:
+        if not self._task:
+            return
         from . import ahead
 
         _be_called("nvhook-ahead")
-        prepared = ahead.Ahead(task)
-        while self._listener.fileno() in readable([self._listener.fileno(), runtime]):
+        prepared = ahead.Ahead(self._task)
+        while self.listener.fileno() in readable([self.listener.fileno(), runtime]):
             if self._serve_hook(prepared):
                 return
+        _unlink(self._socket)
 
     def _serve_hook(self, prepared: Ahead) -> bool:
         """False for a caller that did not wait, or may not ask."""
         try:
-            caller = Caller(_accept(self._listener), self._own, self._code)
+            caller = Caller(_accept(self.listener), self._own, self._code)
             words = caller.receive()
         except (Refused, OSError):
             return False
-        _unlink(f"{self._place}/child-{os.getpid()}")
+        _unlink(self._socket)
         if words[0] != "hook":
             raise Refused
         caller.answer(prepared.serve(), self._nowhere)
