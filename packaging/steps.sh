@@ -8,8 +8,8 @@ commands='nvidia-container-runtime nvidia-container-runtime-hook nvidia-containe
 
 # server_of PREFIX: the directory of an installation's server. A socket's path has 107 bytes at most.
 server_of() {
-    name=$(printf %s "$1" | tr / -)
-    [ ${#name} -le 60 ] || name=-$(printf %s "$1" | cksum | cut -d ' ' -f 1)
+    name=$(printf %s "$1" | tr / '~') # no prefix has one
+    [ ${#name} -le 60 ] || name="~$(printf %s "$1" | cksum | cut -d ' ' -f 1)"
     printf '/run/nvhook/server%s\n' "$name"
 }
 

@@ -332,10 +332,17 @@ static bool parse_names(const char *text, char *names) {
     return end != names && !*skip_blanks(text + 1);
 }
 
+/* Whether a line of config.toml names keys of annotations that ask, and others than those that are looked for. */
+static bool names_annotations(const char *text) {
+    static const char *const usual[] = {"annotation-prefixes = [\"cdi.k8s.io/\"]",
+                                        "annotation-prefixes = [\"nvidia.cdi.k8s.io/\"]", NULL};
+    return *text != '#' && strstr(text, "annotation-prefixes") && !is_one_of(text, usual);
+}
+
 struct config {
     char *names;          /* candidates for the low-level runtime, separated by colons */
     bool is_understood;   /* else Python has to read it, which knows all of TOML */
-    bool words_are_known; /* else a request may be made of any word: swarm-resource names one */
+    bool words_are_known; /* else a request may be made of any word: swarm-resource and annotation-prefixes name some */
 };
 
 /* `runtimes` in the table [nvidia-container-runtime] of config.toml, for commands that cannot wait for an interpreter. */
@@ -355,7 +362,7 @@ static struct config parse_config(struct text content) {
             if (strchr(" \t\"'", text[1])) return unknown;
         } else if (*text == '"' || *text == '\'') {
             return unknown;
-        } else if (starts_with(text, "swarm-resource")) {
+        } else if (starts_with(text, "swarm-resource") || names_annotations(text)) {
             config.words_are_known = false;
         } else if (starts_with(text, "nvidia-container-runtime") && strchr(". \t=", text[24])) {
             return unknown;
@@ -363,7 +370,7 @@ static struct config parse_config(struct text content) {
             free(config.names);
             config.names = allocate(strlen(text));
             if (!parse_names(text + 8, config.names)) return unknown;
-            return config; /* what stands below is not in this table, and no key of the top level */
+            in_table = false; /* a second line of that name is no TOML */
         }
     }
     return config;
@@ -410,7 +417,7 @@ static void unescape(struct text *content) {
 
 /* Whether a config.json holds a word of a request. */
 static bool holds_request(struct text content) {
-    static const char *const words[] = {"NVIDIA_", "CUDA_VERSION", "nvidia-container-devices", "cdi.k8s.io/"};
+    static const char *const words[] = {"NVIDIA_", "CUDA_VERSION", "nvidia-container-devices", "cdi.k8s.io"};
     unescape(&content);
     for (size_t i = 0; i < sizeof words / sizeof *words; i++)
         if (memmem(content.data, content.size, words[i], strlen(words[i]))) return true;

@@ -590,7 +590,7 @@ def test_longest_prefix_has_a_socket() -> None:
     script = f". {REPOSITORY}/packaging/steps.sh; server_of /usr; server_of /{'x' * 60}; server_of /{'x' * 200}"
     done = subprocess.run(["sh", "-euc", script], capture_output=True, text=True, check=True)
     usr, long, longest = done.stdout.splitlines()
-    assert usr == "/run/nvhook/server-usr"
+    assert usr == "/run/nvhook/server~usr"
     assert long != longest
     assert max(map(len, (long, longest))) + len("/child-4194304") <= 107
 

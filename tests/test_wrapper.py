@@ -543,6 +543,21 @@ WORDS = {
     "escaped-solidus": ('{"annotations": {"cdi.k8s.io\\/x": "nvidia.com\\/gpu=0"}}', "", True),
     "escaped-backslash": ('{"process": {"env": ["\\\\u004eVIDIA_VISIBLE_DEVICES=all"]}}', "", False),
     "other-escapes": ('{"process": {"env": ["A=\\u003cb\\u00e9\\n\\"NVIDIA\\u005"]}}', "", False),
+    "annotation-key-of-ones-own": (
+        {"annotations": {"example.com/gpus": "all"}},
+        '[nvidia-container-runtime.modes.cdi]\nannotation-prefixes = ["example.com/"]',
+        True,
+    ),
+    "annotation-key-behind-runtimes": (
+        {"annotations": {"example.com/gpus": "all"}},
+        '[nvidia-container-runtime]\nruntimes = ["runc"]\n[x]\n  annotation-prefixes=["example.com/"]',
+        True,
+    ),
+    "usual-annotation-key": (
+        {"annotations": {"example.com/gpus": "all"}},
+        '[nvidia-container-runtime.modes.cdi]\nannotation-prefixes = ["cdi.k8s.io/"]',
+        False,
+    ),
     "commented-swarm": ({"process": {"env": ["A=b"]}}, '#swarm-resource = "DOCKER_RESOURCE_GPU"', False),
 }
 

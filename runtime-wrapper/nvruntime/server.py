@@ -73,7 +73,7 @@ def leave(place: str) -> Worker | None:
     except OSError:
         return None
     _start(place)
-    return Worker(place, Nowhere(), _identity("self"), _version_of_code())
+    return Worker(place, NullStreams(), _identity("self"), _version_of_code())
 
 
 def _start(place: str) -> None:
@@ -116,11 +116,11 @@ def _run(place: str, lock: int) -> None:
     os.environ.clear()  # the first caller's
     os.umask(0o077)
     _close_others([lock])
-    nowhere = Nowhere()
-    nowhere.enter()
+    null_streams = NullStreams()
+    null_streams.take()
     code = _version_of_code()
     _sweep(place)
-    if not _is_inherited():
+    if None in (sys.stdin, sys.stdout, sys.stderr) or not _is_inherited():  # Python has none that were closed
         return
     _load()
     _leave_control_groups()
@@ -132,7 +132,7 @@ def _run(place: str, lock: int) -> None:
     os.ftruncate(lock, 0)
     os.write(lock, f"{os.getpid()}\n".encode())
     try:
-        Server(place, lock, listener, nowhere, code).serve()
+        Server(place, lock, listener, null_streams, code).serve()
     finally:
         os.unlink(f"{place}/socket")
 
@@ -203,7 +203,7 @@ def _unlink(path: str) -> None:
         return
 
 
-class Nowhere:
+class NullStreams:
     """Streams and a directory that are no caller's: its engine waits for the end of its own, and unmounts the bundle.
 
     They are opened once: in a container's mount namespace no path may be looked up.
@@ -218,7 +218,7 @@ class Nowhere:
     def descriptors(self) -> list[int]:
         return [self._null, self._directory]
 
-    def enter(self) -> None:
+    def take(self) -> None:
         for fd in (0, 1, 2):
             os.dup2(self._null, fd)
         os.fchdir(self._directory)
@@ -255,15 +255,15 @@ class Server:
     `_ready`: the same of the one child that waits in accept(), which writes a byte when it has a caller; -1 for none.
     """
 
-    __slots__ = ("_busy", "_code", "_listener", "_lock", "_nowhere", "_own", "_place", "_ready")
+    __slots__ = ("_busy", "_code", "_listener", "_lock", "_null_streams", "_own", "_place", "_ready")
 
     def __init__(
-        self, place: str, lock: int, listener: _socket.socket, nowhere: Nowhere, code: list[tuple[int, int]]
+        self, place: str, lock: int, listener: _socket.socket, null_streams: NullStreams, code: list[tuple[int, int]]
     ) -> None:
         self._place = place
         self._lock = lock
         self._listener = listener
-        self._nowhere = nowhere
+        self._null_streams = null_streams
         self._code = code
         self._own = _identity("self")
         self._ready = -1
@@ -316,7 +316,7 @@ class Server:
             if os.getppid() == server:
                 if not is_awaited:
                     memory.populate()  # every page that is written to would cost a fault and a copy later
-                worker = Worker(self._place, self._nowhere, self._own, self._code)
+                worker = Worker(self._place, self._null_streams, self._own, self._code)
                 worker.listener = self._listener
                 worker.serve(theirs)
         finally:
@@ -326,11 +326,11 @@ class Server:
 class Worker:
     """What edits a container's config.json and then prepares its start: a child of the server, or a process alone."""
 
-    __slots__ = ("_code", "_nowhere", "_own", "_place", "_socket", "_task", "listener")
+    __slots__ = ("_code", "_null_streams", "_own", "_place", "_socket", "_task", "listener")
 
-    def __init__(self, place: str, nowhere: Nowhere, own: list[object], code: list[tuple[int, int]]) -> None:
+    def __init__(self, place: str, null_streams: NullStreams, own: list[object], code: list[tuple[int, int]]) -> None:
         self._place = place
-        self._nowhere = nowhere
+        self._null_streams = null_streams
         self._own = own
         self._code = code
         self._task: Task | None = None
@@ -351,7 +351,7 @@ class Worker:
         from . import main
 
         status = main.run(words, main.parse(words), self.stay)
-        caller.answer(status, self._nowhere)
+        caller.answer(status, self._null_streams)
         if not status:
             self._be_ahead(caller.process)
 
@@ -384,8 +384,8 @@ class Worker:
         os.setsid()
         signal.alarm(_LIMIT)
         os.write(tell, self.stay(task).encode())
-        self._nowhere.enter()
-        _close_others([runtime, self.listener.fileno(), *self._nowhere.descriptors()])
+        self._null_streams.take()
+        _close_others([runtime, self.listener.fileno(), *self._null_streams.descriptors()])
         self._be_ahead(runtime)
 
     def _be_ahead(self, runtime: int) -> None:
@@ -410,7 +410,7 @@ class Worker:
         _unlink(self._socket)
         if words[0] != "hook":
             raise Refused
-        caller.answer(prepared.serve(), self._nowhere)
+        caller.answer(prepared.serve(), self._null_streams)
         return True
 
 
@@ -462,11 +462,11 @@ class Caller:
         os.environb.update(variables)
         return words
 
-    def answer(self, status: int, nowhere: Nowhere) -> None:
+    def answer(self, status: int, null_streams: NullStreams) -> None:
         """And wait until it has closed the connection: ending takes processor time that it needs."""
         sys.stdout.flush()
         sys.stderr.flush()
-        nowhere.enter()
+        null_streams.take()
         self._connection.send(bytes([status]))
         waiting = select.poll()
         waiting.register(self._connection.fileno(), 0)  # POLLHUP alone

@@ -31,7 +31,7 @@ else:
 _SECONDS = float(os.environ.get("NVHOOK_FUZZ_SECONDS", "60" if "CI" in os.environ else "5"))
 # What it allocates is freed by the program that it becomes.
 _ENVIRONMENT = {"ASAN_OPTIONS": "detect_leaks=0", "UBSAN_OPTIONS": "print_stacktrace=1"}
-_WORDS = ("NVIDIA_", "CUDA_VERSION", "nvidia-container-devices", "cdi.k8s.io/")
+_WORDS = ("NVIDIA_", "CUDA_VERSION", "nvidia-container-devices", "cdi.k8s.io")
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +94,7 @@ def _runtimes(text: str) -> list[str] | None:
     return found if is_list else None
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30, deadline=None, derandomize=True)
 @given(st.lists(st.lists(_LINES, max_size=8).map("\n".join), min_size=50, max_size=200))
 def test_config_is_read_as_python_reads_it(program: Path, texts: list[str]) -> None:
     for text, line in zip(texts, _ask(program, "c", [text.encode() for text in texts]), strict=True):
@@ -136,7 +136,7 @@ def _escape(text: str, chosen: random.Random) -> str:
     return f'"{found}"'
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30, deadline=None, derandomize=True)
 @given(st.lists(st.lists(_PIECES, max_size=4), min_size=20, max_size=100), st.randoms(use_true_random=False))
 def test_json_is_read_as_python_reads_it(program: Path, texts: list[list[str]], chosen: random.Random) -> None:
     written = ["[" + ",".join(_escape(piece, chosen) for piece in ["".join(pieces), "x"]) + "]" for pieces in texts]
@@ -154,12 +154,15 @@ _ARGUMENTS = st.sampled_from(
 
 
 def _has_odd_value(words: list[str]) -> bool:
-    """A log of the name of an option, or an option without its value, which the low-level runtime refuses."""
+    """A log of the name of an option, or an option without a value, which the low-level runtime refuses."""
     options = ("--bundle", "-b", "--b", "-bundle", "--log", "--root")
-    return any(word in options and value.startswith("-") for word, value in zip(words, [*words[1:], "-"], strict=False))
+    return any(
+        word in options and (not value or value[0] == "-")
+        for word, value in zip(words, [*words[1:], "-"], strict=False)
+    )
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30, deadline=None, derandomize=True)
 @given(st.lists(st.lists(_ARGUMENTS, max_size=7), min_size=50, max_size=200))
 def test_bundle_is_pythons(program: Path, calls: list[list[str]]) -> None:
     """Of the commands that Python edits a config.json for, the one that it edits is the one that was looked into."""
