@@ -24,10 +24,10 @@ test-security:
 fuzz:
 	NVHOOK_FUZZ_SECONDS=$(or $(SECONDS),600) scripts/test -q tests/security/test_fuzz.py tests/security/test_launcher.py -k "for_long or memory"
 
-# RUNS=40 ROWS=gpu,no-request PEER=DIR JSON=FILE
+# RUNS=40 ROWS=gpu,no-request PEER=DIR LOW=crun JSON=FILE
 bench: build/requirements.stamp
 	/usr/bin/python3 tests/bench.py $(if $(RUNS),--runs $(RUNS)) $(if $(ROWS),--rows $(ROWS)) \
-		$(if $(PEER),--peer $(PEER)) $(if $(REAL),--real) $(if $(JSON),--json $(JSON))
+		$(if $(PEER),--peer $(PEER)) $(if $(LOW),--low $(LOW)) $(if $(REAL),--real) $(if $(JSON),--json $(JSON))
 
 install: build/man/nvhook.1
 	scripts/install install '$(PREFIX)' '$(SYSCONFDIR)' '$(DESTDIR)'

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """How long a container takes to start, beside the low-level runtime alone: `make bench`, as root.
 
-    python3 tests/bench.py [--runs N] [--rows a,b] [--real] [--peer DIR] [--json FILE]
+    python3 tests/bench.py [--runs N] [--rows a,b] [--real] [--peer DIR] [--low NAME] [--json FILE]
 
 Every row is measured in one go, its sides in turn; what is printed is the ratio of their medians, beside its target. A
 start is `create`, `start` and `delete` of a container that only exits, on a root filesystem of its own (an overlay, as
@@ -18,6 +18,7 @@ import contextlib
 import json
 import os
 import platform
+import select
 import shutil
 import signal
 import statistics
@@ -62,12 +63,12 @@ class Bench:
     """`place` is a directory that is thrown away afterwards. Root filesystems are overlays in a tmpfs there, and so are
     our state directories: the usual one is below /run."""
 
-    def __init__(self, place: Path, runs: int) -> None:
+    def __init__(self, place: Path, runs: int, low_level: str = "runc") -> None:
         self.place = place
         self.runs = runs
         self.prefix = place / "prefix"
         self.wrapper = str(self.prefix / "bin/nvidia-container-runtime")
-        self.low_level = shutil.which("runc") or "runc"
+        self.low_level = shutil.which(low_level) or low_level
         self.through = any_cgroups()
         (place / "upper").mkdir()
         subprocess.run(["mount", "-t", "tmpfs", "tmpfs", place / "upper"], check=True)
@@ -135,10 +136,18 @@ class Bench:
         """Seconds of a whole start."""
         with self.bundle(side) as bundle:
             begin = time.perf_counter()
-            self.call(side, bundle, "create", "--bundle", str(bundle.directory), bundle.id)
-            self.call(side, bundle, "start", bundle.id)
-            self.call(side, bundle, "delete", "--force", bundle.id)
+            self.whole(side, bundle)
             return time.perf_counter() - begin
+
+    def whole(self, side: Side, bundle: Bundle) -> None:
+        """Until the container is deleted; it has ended by then: of one that runs, runc 1.3 waits 100 ms for the end."""
+        number = bundle.directory / "pid"
+        self.call(side, bundle, "create", "--pid-file", str(number), "--bundle", str(bundle.directory), bundle.id)
+        process = os.pidfd_open(int(number.read_text()))
+        self.call(side, bundle, "start", bundle.id)
+        select.select([process], [], [], 10)
+        os.close(process)
+        self.call(side, bundle, "delete", "--force", bundle.id)
 
     def call(self, side: Side, bundle: Bundle, *words: str, before: tuple[str, ...] = ()) -> None:
         env = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin"}
@@ -306,13 +315,8 @@ def _many(bench: Bench, side: Side) -> float:
     with contextlib.ExitStack() as stack, concurrent.futures.ThreadPoolExecutor(32) as pool:
         bundles = [stack.enter_context(bench.bundle(side)) for _ in range(32)]
 
-        def start(bundle: Bundle) -> None:
-            bench.call(side, bundle, "create", "--bundle", str(bundle.directory), bundle.id)
-            bench.call(side, bundle, "start", bundle.id)
-            bench.call(side, bundle, "delete", "--force", bundle.id)
-
         begin = time.perf_counter()
-        list(pool.map(start, bundles))
+        list(pool.map(lambda bundle: bench.whole(side, bundle), bundles))
         return time.perf_counter() - begin
 
 
@@ -373,6 +377,7 @@ def main() -> int:
     parser.add_argument("--rows", default=",".join(ROWS), help=f"of {', '.join(ROWS)}")
     parser.add_argument("--real", action="store_true", help="this machine's GPUs, and no simulated ones")
     parser.add_argument("--peer", default="", metavar="DIR", help="another runtime's binaries")
+    parser.add_argument("--low", default="runc", metavar="NAME", help="the low-level runtime (runc)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="the results for programs")
     options = parser.parse_args()
     be_where_run_is_memory()
@@ -380,7 +385,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="nvhook-bench-") as name:
         place = Path(name)
         place.chmod(0o755)
-        bench = Bench(place, options.runs)
+        bench = Bench(place, options.runs, options.low)
         try:
             config = real_config(bench) if options.real else bench.host("h200-ubuntu24")
             print(f"{platform.release()}, {os.cpu_count()} CPUs, medians of {options.runs}, sides in turn", flush=True)
