@@ -22,12 +22,12 @@ test-security:
 
 # SECONDS=3600: every reader of foreign input, on inputs that no other run has had
 fuzz:
-	NVHOOK_FUZZ_SECONDS=$(or $(SECONDS),600) scripts/test -q tests/security/test_fuzz.py -k for_long
+	NVHOOK_FUZZ_SECONDS=$(or $(SECONDS),600) scripts/test -q tests/security/test_fuzz.py tests/security/test_launcher.py -k "for_long or memory"
 
-# RUNS=40 ROWS=gpu,no-request PEER=DIR JSON=FILE
+# RUNS=40 ROWS=gpu,no-request PEER=DIR LOW=crun JSON=FILE
 bench: build/requirements.stamp
 	/usr/bin/python3 tests/bench.py $(if $(RUNS),--runs $(RUNS)) $(if $(ROWS),--rows $(ROWS)) \
-		$(if $(PEER),--peer $(PEER)) $(if $(REAL),--real) $(if $(JSON),--json $(JSON))
+		$(if $(PEER),--peer $(PEER)) $(if $(LOW),--low $(LOW)) $(if $(REAL),--real) $(if $(JSON),--json $(JSON))
 
 install: build/man/nvhook.1
 	scripts/install install '$(PREFIX)' '$(SYSCONFDIR)' '$(DESTDIR)'
@@ -39,9 +39,9 @@ uninstall:
 docs: build/requirements.stamp
 	NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build
 
-# into build/dist; what the tools are called in Debian: dpkg-dev, rpm
+# into build/dist; what the tools are called in Debian: dpkg-dev, rpm. ARCH=arm64: with gcc-aarch64-linux-gnu, on amd64
 deb rpm: build/man/nvhook.1
-	packaging/build $@
+	NVHOOK_ARCH=$(ARCH) packaging/build $@
 
 sbom: build/requirements.stamp
 	.venv/bin/python scripts/sbom.py build/dist

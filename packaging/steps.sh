@@ -6,22 +6,27 @@
 
 commands='nvidia-container-runtime nvidia-container-runtime-hook nvidia-container-cli nvhook nvidia-docker'
 
-# end_reserve DIR LIBRARY: the process that serves the next container has the old modules. It cannot be asked to end: package
-# managers live in other control groups. Status 1 for one that has other modules: /opt/a-b and /opt/a/b have one DIR.
-end_reserve() {
+# server_of PREFIX: the directory of an installation's server. A socket's path has 107 bytes at most.
+server_of() {
+    name=$(printf %s "$1" | tr / '~') # no prefix has one
+    [ ${#name} -le 60 ] || name="~$(printf %s "$1" | cksum | cut -d ' ' -f 1)"
+    printf '/run/nvhook/server%s\n' "$name"
+}
+
+# end_server DIR: the server there has loaded the old modules; the next start leaves a new one.
+end_server() {
     pid=
     name=
     { read -r pid <"$1/pid" && read -r name <"/proc/$pid/comm"; } 2>/dev/null || :
-    [ "$name" = nvhook-reserve ] || return 0
-    tr '\0' '\n' <"/proc/$pid/cmdline" | grep -qxF -e "$2" || return 1
-    kill "$pid" 2>/dev/null || :
+    [ "$name" != nvhook-server ] || kill "$pid" 2>/dev/null || :
 }
 
-# forget_reserve DIR LIBRARY: nothing else below /run/nvhook is an installation's own. What is noted there of a container is for
-# its poststop hook, whichever installation has that, and what is known of the driver is for all of them; a reboot empties it.
-forget_reserve() {
-    if end_reserve "$1" "$2"; then rm -rf "$1"; fi
-    rmdir "${1%/*}/standby" "${1%/*}/containers" "${1%/*}" 2>/dev/null || :
+# forget_server DIR: nothing else below /run/nvhook is an installation's own. What is kept there about a container is for its
+# poststop hook, whichever installation has that, and what is known of the driver is for all of them; a reboot empties it.
+forget_server() {
+    end_server "$1"
+    rm -rf "$1"
+    rmdir "${1%/*}/containers" "${1%/*}" 2>/dev/null || :
 }
 
 # other_installations CONFIG-DIR PREFIX ROOT: the prefixes of those that read the same config.toml, a line each. scripts/install
@@ -77,7 +82,7 @@ forget_bytecode() {
 # after_install FORMER: nothing here is a reason for a package to fail. FORMER is empty at the first installation.
 after_install() {
     compile
-    end_reserve /run/nvhook/reserve-usr /usr/lib/nvhook || :
+    end_server "$(server_of /usr)"
     warn_of_others /usr/bin
     /usr/bin/nvhook refresh || : # no driver, or one that is half installed, is told
     if [ -d /run/systemd/system ]; then

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """How long a container takes to start, beside the low-level runtime alone: `make bench`, as root.
 
-    python3 tests/bench.py [--runs N] [--rows a,b] [--real] [--peer DIR] [--json FILE]
+    python3 tests/bench.py [--runs N] [--rows a,b] [--real] [--peer DIR] [--low NAME] [--json FILE]
 
 Every row is measured in one go, its sides in turn; what is printed is the ratio of their medians, beside its target. A
 start is `create`, `start` and `delete` of a container that only exits, on a root filesystem of its own (an overlay, as
@@ -18,6 +18,7 @@ import contextlib
 import json
 import os
 import platform
+import select
 import shutil
 import signal
 import statistics
@@ -31,7 +32,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from containers import REPOSITORY, TRIPLET, Bundle, any_cgroups, configure, make_image, reserve_of
+from containers import COMPILE, REPOSITORY, TRIPLET, Bundle, any_cgroups, configure, make_image, server_of
 from simhost import elfwriter
 from simhost.build import build
 
@@ -62,12 +63,12 @@ class Bench:
     """`place` is a directory that is thrown away afterwards. Root filesystems are overlays in a tmpfs there, and so are
     our state directories: the usual one is below /run."""
 
-    def __init__(self, place: Path, runs: int) -> None:
+    def __init__(self, place: Path, runs: int, low_level: str = "runc") -> None:
         self.place = place
         self.runs = runs
         self.prefix = place / "prefix"
         self.wrapper = str(self.prefix / "bin/nvidia-container-runtime")
-        self.low_level = shutil.which("runc") or "runc"
+        self.low_level = shutil.which(low_level) or low_level
         self.through = any_cgroups()
         (place / "upper").mkdir()
         subprocess.run(["mount", "-t", "tmpfs", "tmpfs", place / "upper"], check=True)
@@ -75,29 +76,28 @@ class Bench:
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
         self.image = make_image("debian", place / "image")
 
-    def end_reserve(self) -> int:
-        """End the process that serves the next container; its peak memory in KiB, or 0 if there was none."""
-        reserve = reserve_of(self.prefix)
+    def end_server(self) -> int:
+        """End the server; its peak memory in KiB, or 0 if there was none."""
+        server = server_of(self.prefix)
         try:
-            pid = (reserve / "pid").read_text().strip()
+            pid = (server / "pid").read_text().strip()
             status = Path(f"/proc/{pid}/status").read_text()
         except OSError:
             return 0
         os.kill(int(pid), signal.SIGKILL)
-        shutil.rmtree(reserve)
+        shutil.rmtree(server)
         return int(status.partition("VmHWM:")[2].split()[0])
 
     def alone(self) -> Side:
-        """Ours with a wrapper that leaves no such process; its configuration is to be set."""
-        wrapper = Path(f"{self.wrapper}-alone")
-        text = Path(self.wrapper).read_text()
-        line = next(line for line in text.splitlines() if line.startswith("nv_reserve="))
-        wrapper.write_text(text.replace(line, "nv_reserve="))
-        wrapper.chmod(0o755)
-        return Side(str(wrapper), None, GPUS, self.image)
+        """Ours with launchers that know of no server; its configuration is to be set."""
+        made = self.place / "alone"
+        made.mkdir(exist_ok=True)
+        env = {**os.environ, "LIBRARY": str(self.prefix / "lib/nvhook")}
+        subprocess.run([COMPILE, made], check=True, env=env)
+        return Side(str(made / "nvidia-container-runtime"), None, GPUS, self.image)
 
     def close(self) -> None:
-        self.end_reserve()
+        self.end_server()
         subprocess.run(["umount", "--lazy", self.place / "upper"], check=True)
 
     def host(self, name: str) -> Path:
@@ -136,10 +136,18 @@ class Bench:
         """Seconds of a whole start."""
         with self.bundle(side) as bundle:
             begin = time.perf_counter()
-            self.call(side, bundle, "create", "--bundle", str(bundle.directory), bundle.id)
-            self.call(side, bundle, "start", bundle.id)
-            self.call(side, bundle, "delete", "--force", bundle.id)
+            self.whole(side, bundle)
             return time.perf_counter() - begin
+
+    def whole(self, side: Side, bundle: Bundle) -> None:
+        """Until the container is deleted; it has ended by then: of one that runs, runc 1.3 waits 100 ms for the end."""
+        number = bundle.directory / "pid"
+        self.call(side, bundle, "create", "--pid-file", str(number), "--bundle", str(bundle.directory), bundle.id)
+        process = os.pidfd_open(int(number.read_text()))
+        self.call(side, bundle, "start", bundle.id)
+        select.select([process], [], [], 10)
+        os.close(process)
+        self.call(side, bundle, "delete", "--force", bundle.id)
 
     def call(self, side: Side, bundle: Bundle, *words: str, before: tuple[str, ...] = ()) -> None:
         env = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin"}
@@ -278,7 +286,7 @@ def first(bench: Bench, config: Path, _peer: str) -> list[Result]:
     state = _state_of(config)
     times = []
     for _ in range(max(3, bench.runs // 8)):
-        bench.end_reserve()
+        bench.end_server()
         shutil.rmtree(state, ignore_errors=True)
         times.append(bench.start(bench.ours(config, GPUS)))
     return [
@@ -307,13 +315,8 @@ def _many(bench: Bench, side: Side) -> float:
     with contextlib.ExitStack() as stack, concurrent.futures.ThreadPoolExecutor(32) as pool:
         bundles = [stack.enter_context(bench.bundle(side)) for _ in range(32)]
 
-        def start(bundle: Bundle) -> None:
-            bench.call(side, bundle, "create", "--bundle", str(bundle.directory), bundle.id)
-            bench.call(side, bundle, "start", bundle.id)
-            bench.call(side, bundle, "delete", "--force", bundle.id)
-
         begin = time.perf_counter()
-        list(pool.map(start, bundles))
+        list(pool.map(lambda bundle: bench.whole(side, bundle), bundles))
         return time.perf_counter() - begin
 
 
@@ -329,12 +332,12 @@ def memory(bench: Bench, config: Path, _peer: str) -> list[Result]:
     side.config = settings
     what = "its interpreter, with a request"
     results = [
-        Result("memory-reserve", "peak memory of the reserve", bench.end_reserve() / 1024, " MB", 20, "after a start"),
+        Result("memory-server", "peak memory of the server", bench.end_server() / 1024, " MB", 20, "after a start"),
         Result("memory-wrapper", "peak memory of the wrapper", _peak_of_wrapper(bench, side), " MB", 20, what),
     ]
     side.config = config
     log = bench.place / "memory.log"
-    hook = bench.prefix / "bin/nvidia-container-runtime-hook"
+    hook = Path(side.runtime).with_name("nvidia-container-runtime-hook")
     kept = hook.with_suffix(".kept")
     hook.rename(kept)
     hook.write_text(f'#!/bin/sh\nexec /usr/bin/time -a -o {log} -f %M {kept} "$@"\n')
@@ -352,10 +355,6 @@ def _peak_of_wrapper(bench: Bench, side: Side) -> float:
         log = bench.place / "wrapper.log"
         words = ("create", "--bundle", str(bundle.directory), bundle.id)
         bench.call(side, bundle, *words, before=("/usr/bin/time", "-o", str(log), "-f", "%M"))
-        if side.config:
-            waiting = _state_of(side.config) / "standby" / bundle.id
-            while waiting.exists():  # for a runtime that is over: it looks at the whole driver before it knows
-                time.sleep(0.01)
         return int(log.read_text().split()[-1]) / 1024
 
 
@@ -378,6 +377,7 @@ def main() -> int:
     parser.add_argument("--rows", default=",".join(ROWS), help=f"of {', '.join(ROWS)}")
     parser.add_argument("--real", action="store_true", help="this machine's GPUs, and no simulated ones")
     parser.add_argument("--peer", default="", metavar="DIR", help="another runtime's binaries")
+    parser.add_argument("--low", default="runc", metavar="NAME", help="the low-level runtime (runc)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="the results for programs")
     options = parser.parse_args()
     be_where_run_is_memory()
@@ -385,7 +385,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="nvhook-bench-") as name:
         place = Path(name)
         place.chmod(0o755)
-        bench = Bench(place, options.runs)
+        bench = Bench(place, options.runs, options.low)
         try:
             config = real_config(bench) if options.real else bench.host("h200-ubuntu24")
             print(f"{platform.release()}, {os.cpu_count()} CPUs, medians of {options.runs}, sides in turn", flush=True)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import tempfile
@@ -13,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from containers import Workshop
+from installed import BOTH, Installed, start
 from simhost.build import build
 
 HOSTS = Path(__file__).parent / "hosts"
@@ -67,6 +69,26 @@ def shop(simhost: Callable[[str], Path]) -> Iterator[Workshop]:
     """In /tmp itself: root of a user namespace comes through there."""
     with tempfile.TemporaryDirectory(prefix="nvhook-shop-") as name:
         yield Workshop(Path(name), simhost)
+
+
+@pytest.fixture(scope="session")
+def installation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Installed]:
+    made = Installed(tmp_path_factory.mktemp("installed"))
+    yield made
+    made.end()
+
+
+@pytest.fixture
+def installed(installation: Installed, shop: Workshop) -> Iterator[Installed]:
+    """An installation with its server there, left by a first container."""
+    if not installation.pid():
+        assert start(shop, installation, {}).stdout == BOTH
+        assert installation.wait()
+    yield installation
+    for pid in (installation.pid(), *installation.children("nvhook-ready")):
+        if pid:
+            with contextlib.suppress(ProcessLookupError):  # it has just ended
+                os.kill(pid, signal.SIGCONT)
 
 
 VERSION_LINE = (

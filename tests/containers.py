@@ -20,8 +20,23 @@ from pathlib import Path
 from typing import Any
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-WRAPPER = REPOSITORY / "runtime-wrapper/nvidia-container-runtime"
-HOOK = REPOSITORY / "hook/nvidia-container-runtime-hook"
+COMPILE = REPOSITORY / "runtime-wrapper/compile"
+
+
+def _launchers() -> Path:
+    """The directory of those of this source tree, which ask no server; compiled if they are older than their source."""
+    made = REPOSITORY / "build/bin"
+    made.mkdir(parents=True, exist_ok=True)
+    sources = (COMPILE, COMPILE.parent / "launcher.c", REPOSITORY / "hook/nvhook/version.py")
+    newest = max(path.stat().st_mtime for path in sources)
+    programs = [made / name for name in ("nvidia-container-runtime", "nvidia-container-runtime-hook")]
+    if any(not path.exists() or path.stat().st_mtime < newest for path in programs):
+        subprocess.run([COMPILE, made], check=True)
+    return made
+
+
+WRAPPER = _launchers() / "nvidia-container-runtime"
+HOOK = WRAPPER.with_name("nvidia-container-runtime-hook")
 TRIPLET = f"{os.uname().machine}-linux-gnu"
 
 # The C library's parts that the driver's programs are linked against, and those of the tools.
@@ -242,9 +257,10 @@ def why_not(runtime: str, through: tuple[str, ...], options: tuple[str, ...] = (
     return lines[-1] if result.returncode else ""
 
 
-def reserve_of(prefix: Path) -> Path:
-    """The directory of the process that an installation leaves for the next container."""
-    return Path("/run/nvhook/reserve" + str(prefix).replace("/", "-"))
+def server_of(prefix: Path) -> Path:
+    """The directory of an installation's server."""
+    script = f". {REPOSITORY}/packaging/steps.sh; server_of {prefix}"
+    return Path(subprocess.run(["sh", "-euc", script], check=True, capture_output=True, text=True).stdout.strip())
 
 
 def configure(host: Path, path: Path, state: Path, *, runtime: str = "runc", more: str = "") -> Path:

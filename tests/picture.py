@@ -50,15 +50,15 @@ def _until_over(log: Path) -> list[Event]:
 
 
 class Tracer:
-    """`side` started under strace; the reserve is traced from its birth, so that its children are."""
+    """`side` started under strace; the server is traced from its birth, so that its children are."""
 
     def __init__(self, bench: Bench, side: Side) -> None:
         self.bench = bench
         self.side = side
-        self.of_reserve = bench.place / "reserve.trace"
+        self.of_server = bench.place / "server.trace"
         with bench.bundle(side) as bundle:
             words = ("create", "--bundle", str(bundle.directory), bundle.id)
-            self.first = self._trace(bundle, side, self.of_reserve, *words)
+            self.first = self._trace(bundle, side, self.of_server, *words)
             end = time.monotonic() + 20
             while not self._is_created(bundle) and time.monotonic() < end:
                 time.sleep(0.1)
@@ -75,7 +75,7 @@ class Tracer:
         end = 0.0
         with self.bench.bundle(self.side) as bundle:
             for command, here in self._commands(bundle, self.side):
-                there = [event for event in _events(self.of_reserve) if here[0][0] <= event[0] <= here[-1][0]]
+                there = [event for event in _events(self.of_server) if here[0][0] <= event[0] <= here[-1][0]]
                 spans += _spans(command, here, there, here[0][0] - end)
                 end += here[-1][0] - here[0][0]
         return end * 1000, spans
@@ -111,7 +111,7 @@ class Tracer:
         return subprocess.Popen(command, env=env, stdin=null, stdout=null, stderr=null)
 
     def close(self) -> None:
-        self.bench.end_reserve()
+        self.bench.end_server()
         self.first.send_signal(signal.SIGTERM)
         self.first.wait(10)
 
@@ -129,31 +129,31 @@ def _spans(command: str, here: list[Event], there: list[Event], shift: float) ->
     runtime = next(event for event in here if event[2] == "execve" and event[1] == outer and event is not here[0])
     over = next(event for event in reversed(here) if event[1] == outer and event[2] in _ENDS)
     spans: list[Span] = [
-        ("wrapper", f"{command}: sh", at(here[0]), at(runtime)),
+        ("wrapper", f"{command}: launcher", at(here[0]), at(runtime)),
         ("runc", f"runc {command}", at(runtime), at(over)),
     ]
-    hook = first("execve", "standby/nvidia-container-runtime-hook")
+    hook = first("execve", "bin/nvidia-container-runtime-hook")
     if hook:
         ended = next(event for event in here if event[1] == hook[1] and event[2] in _ENDS)
-        spans.append(("hook", "hook: sh", at(hook), at(ended)))
-    asked = first("alarm", events=there)  # the first that a child of the reserve does with a question
+        spans.append(("hook", "hook: launcher", at(hook), at(ended)))
+    asked = first("alarm", events=there)  # the first that a child of the server does with a question
     mine = [event for event in there if asked and event[1] == asked[1]]
     written = first("rename", "config.json", mine)
     entered = first("setns", events=mine)
     if asked and command == "create" and written and entered:
         opened = [event for event in mine if event[2] == "open_tree" and event[0] < entered[0]]
         spans += [
-            ("reserve", "edit config.json", at(asked), at(written)),
-            ("reserve", "plan, open the sources", at(written), at(opened[-1]) if opened else at(entered)),
-            ("reserve", "mounts, nodes, links", at(hook) if hook else at(entered), at(mine[-1])),
+            ("server", "edit config.json", at(asked), at(written)),
+            ("server", "plan, open the sources", at(written), at(opened[-1]) if opened else at(entered)),
+            ("server", "mounts, nodes, links", at(hook) if hook else at(entered), at(mine[-1])),
         ]
     elif asked:
-        spans.append(("reserve", "clean up", at(asked), at(mine[-1])))
+        spans.append(("server", "clean up", at(asked), at(mine[-1])))
     return spans
 
 
-_ROWS = {"wrapper": "our wrapper", "runc": "runc", "hook": "our hook", "reserve": "our process that waits"}
-_COLOURS = {"wrapper": "#76b900", "runc": "#b0b7bf", "hook": "#76b900", "reserve": "#3f7d00"}
+_ROWS = {"wrapper": "our wrapper", "runc": "runc", "hook": "our hook", "server": "our server's child"}
+_COLOURS = {"wrapper": "#76b900", "runc": "#b0b7bf", "hook": "#76b900", "server": "#3f7d00"}
 _LEFT, _HEIGHT, _WIDTH = 170, 46, 1000
 
 

@@ -180,9 +180,9 @@ def _loaded(script: str, *arguments: str) -> set[str]:
 
 
 _WRAPPER_ROAD = """
-from nvruntime import create
-os.execv = lambda *_: (names(), sys.exit(0))
-create.main("/hook", sys.argv[2], "", "runc", "/bin/true", ["create", "--bundle", sys.argv[3], "name"])
+from nvruntime import main
+os.execv = lambda *_: (names(), sys.stdout.flush(), os._exit(0))
+main.main(["edit", sys.argv[2], "/hook", "", "runc", "/bin/true", "create", "--bundle", sys.argv[3], "name"])
 """
 
 

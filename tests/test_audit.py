@@ -15,7 +15,8 @@ from typing import Any
 
 import pytest
 
-from containers import HOOK, Workshop, configure
+from containers import HOOK, WRAPPER, Workshop, configure
+from installed import Installed
 from nvhook import audit, config, spec
 from nvhook.errors import RequestError
 from nvhook.gpus import Gpu, Selection
@@ -338,19 +339,14 @@ def test_hook_that_fails_in_the_container(shop: Workshop) -> None:
 
 
 @pytest.mark.root
-@pytest.mark.parametrize("standby", [True, False])
-def test_granted_by_the_wrapper_and_failed_in_the_container(shop: Workshop, standby: bool) -> None:
-    """By the process that stands by, and by the hook alone, when a file is in the way of that process."""
+@pytest.mark.parametrize("by", ["server", "python"])
+def test_granted_by_the_wrapper_and_failed_in_the_container(shop: Workshop, installed: Installed, by: str) -> None:
+    """By the process that has prepared for the hook, and by the hook itself."""
     path, log = _log_of(shop)
-    if not standby:
-        state = shop.new("state")
-        state.mkdir()
-        (state / "standby").write_text("")
-        former = path.read_text().rpartition('state-dir = "')[2].partition('"')[0]
-        path.write_text(path.read_text().replace(former, str(state)))
     bundle = shop.bundle()
     (bundle.rootfs / "usr/bin/nvidia-smi").mkdir()
-    assert bundle.write(["/bin/true"], ALL).run(path).returncode == 1
+    bundle.write(["/bin/true"], ALL)
+    assert bundle.run(path, wrapper=installed.wrapper if by == "server" else WRAPPER).returncode == 1
     granted, refused = (line if isinstance(line, str) else line["msg"] for line in _messages(log))
     assert f'GPUs granted: container="{bundle.id}"' in granted
     assert (

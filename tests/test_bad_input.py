@@ -414,8 +414,7 @@ def test_several_at_once_without_inventory(shop: Workshop, count: int) -> None:
         for bundle in bundles:
             bundle.delete()
     assert said == [(BOTH, "")] * count
-    assert sorted(os.listdir(state)) == ["containers", "inventory.json", "standby"]
-    assert os.listdir(state / "standby") == []
+    assert sorted(os.listdir(state)) == ["containers", "inventory.json"]
     assert os.listdir(state / "containers") == []
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 import cdi_engine
-from containers import HOOK, TRY, WRAPPER, Bundle, Workshop, gpu_lines, tree
+from containers import HOOK, REPOSITORY, TRY, WRAPPER, Bundle, Workshop, gpu_lines, tree
 from nvhook import cdihook, config, gpus
 from nvhook.commands.cdi import specification as cdispec
 from nvhook.errors import SpecError
@@ -330,7 +330,7 @@ def test_road_loads_nothing_dear(tmp_path: Path) -> None:
     """Up to the container, which is none here; what comes after is imported with the rest."""
     (tmp_path / "config.json").write_text(json.dumps({"process": {}, "root": {"path": "rootfs"}}))
     state: dict[str, Any] = {"id": "name", "pid": os.getpid(), "bundle": str(tmp_path)}
-    command = [sys.executable, "-IS", "-c", _ROAD, str(HOOK.parent), "--capabilities", "compute"]
+    command = [sys.executable, "-IS", "-c", _ROAD, str(REPOSITORY / "hook"), "--capabilities", "compute"]
     done = subprocess.run(command, input=json.dumps(state), capture_output=True, text=True, check=False)
     assert "has no mount namespace of its own" in done.stderr
     loaded = set(done.stdout.split())

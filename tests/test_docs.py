@@ -57,10 +57,10 @@ TESTED = {
     ),
     "dpkg --remove nvhook": "tests/packaging/test_packages.py::test_install_remove_purge",
     "make install": "tests/test_install.py::test_command_from_anywhere_with_an_empty_environment",
-    "make deb && sudo apt install ./build/dist/nvhook_*_all.deb": (
+    "make deb && sudo apt install ./build/dist/nvhook_*.deb": (
         "tests/packaging/test_packages.py::test_takes_the_place_of_nvidia_s"
     ),
-    "make rpm && sudo dnf install ./build/dist/nvhook-*.noarch.rpm": (
+    "make rpm && sudo dnf install ./build/dist/nvhook-*.rpm": (
         "tests/packaging/test_packages.py::test_rpm_takes_the_place_of_nvidia_s_and_goes"
     ),
     "make install PREFIX=/usr": "tests/test_install.py::test_hooks_for_podman_name_the_hook_that_is_installed",

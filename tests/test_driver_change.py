@@ -13,7 +13,6 @@ import re
 import shutil
 import subprocess
 import threading
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -22,6 +21,7 @@ import pytest
 import containers
 from conftest import HOSTS
 from containers import HOOK, WRAPPER, Bundle, Workshop
+from installed import Installed
 from simhost.build import build
 
 pytestmark = pytest.mark.root
@@ -180,29 +180,39 @@ def test_library_that_is_the_new_one_already(shop: Workshop, host: Host, name: s
 MEANWHILE = """\
 #!/bin/sh
 case " $* " in *" run "*) ;; *) exec {runc} "$@" ;; esac
+for word; do
+    [ "${{last-}}" != --bundle ] || bundle=$word
+    last=$word
+done
+pid=$(sed -n 's/.*"--child","\\([0-9]*\\)".*/\\1/p' "$bundle/config.json")
+[ "$pid" ] || exit {nobody}
 {what}
 touch {place}/is-made
 until [ -e {place}/go-on ]; do sleep 0.02; done
 exec {runc} "$@"
 """
-KILL = 'sleep 0.3; for id; do :; done; pkill -9 -f "^/usr/bin/python3 -IS -c .* $id\\$" || exit 9'
+KILL = "sleep 0.3; kill -9 $pid"
+NOBODY = 99  # the server did not answer within 200 ms, and no process prepares for this container
 
 
 @pytest.fixture
-def between(shop: Workshop, host: Host) -> Callable[..., subprocess.CompletedProcess[str]]:
+def between(shop: Workshop, host: Host, installed: Installed) -> Callable[..., subprocess.CompletedProcess[str]]:
     """A start in which `acts` are done between the wrapper and the hook."""
 
     def start(acts: str, what: str) -> subprocess.CompletedProcess[str]:
         place = shop.new("between")
         place.mkdir()
         runtime = place / "runtime"
-        runtime.write_text(MEANWHILE.format(what=what, place=place, runc=shutil.which("runc")))
+        runc = shutil.which("runc")
+        runtime.write_text(MEANWHILE.format(what=what, place=place, runc=runc, nobody=NOBODY))
         runtime.chmod(0o755)
         config = containers.configure(host.place, place / "config.toml", host.place / "run", runtime=str(runtime))
+        is_over = threading.Event()
 
         def meanwhile() -> None:
             while not (place / "is-made").exists():
-                time.sleep(0.02)
+                if is_over.wait(0.02):
+                    return
             for act in acts.split():
                 getattr(host, act)()
             (place / "go-on").touch()
@@ -210,23 +220,27 @@ def between(shop: Workshop, host: Host) -> Callable[..., subprocess.CompletedPro
         thread = threading.Thread(target=meanwhile)
         thread.start()
         try:
-            return _start(shop.bundle(), host, config=config)
+            return _start(shop.bundle(), host, installed.wrapper, config=config)
         finally:
-            (place / "is-made").touch()
+            is_over.set()
             thread.join()
 
-    return start
+    def start_until_prepared(acts: str, what: str) -> subprocess.CompletedProcess[str]:
+        results = (start(acts, what) for _ in range(20))
+        return next(result for result in results if result.returncode != NOBODY)
+
+    return start_until_prepared
 
 
 @pytest.mark.parametrize(
     ("what", "acts", "expected"),
     [
-        pytest.param("sleep 0.3", "unpack run_ldconfig", OLD, id="standby-new-ones-beside"),
-        pytest.param("sleep 0.3", "unpack remove", MIXED, id="standby-has-opened-what-is-removed"),
+        pytest.param("sleep 0.3", "unpack run_ldconfig", OLD, id="prepared-new-ones-beside"),
+        pytest.param("sleep 0.3", "unpack remove", MIXED, id="prepared-has-opened-what-is-removed"),
         pytest.param(KILL, "unpack remove", MIXED, id="hook-finds-it-removed"),
-        pytest.param("sleep 0.3", "upgrade", f"driver {OLD} was replaced by {NEW}", id="standby-of-the-old-driver"),
+        pytest.param("sleep 0.3", "upgrade", f"driver {OLD} was replaced by {NEW}", id="prepared-of-the-old-driver"),
         pytest.param(KILL, "upgrade", NEW, id="hook-of-the-new-driver"),
-        pytest.param("sleep 0.3", "unload", "the nvidia kernel module is not loaded", id="standby-module-unloaded"),
+        pytest.param("sleep 0.3", "unload", "the nvidia kernel module is not loaded", id="prepared-module-unloaded"),
         pytest.param(KILL, "unload", "the nvidia kernel module is not loaded", id="hook-module-unloaded"),
     ],
 )

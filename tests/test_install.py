@@ -12,10 +12,12 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+from elftools.elf.elffile import ELFFile
 
-from containers import REPOSITORY, Bundle, Workshop, configure, reserve_of, tree
+from containers import COMPILE, REPOSITORY, Bundle, Workshop, configure, server_of, tree
 
 INSTALL = REPOSITORY / "scripts/install"
 
@@ -117,11 +119,11 @@ def test_uninstall_keeps_what_others_made(tmp_path: Path) -> None:
 def test_destdir_is_not_in_the_launchers(tmp_path: Path) -> None:
     install("install", "/opt/nvhook", "/etc", tmp_path)
     for launcher in (tmp_path / "opt/nvhook/bin").iterdir():
-        text = launcher.read_text()
-        assert str(tmp_path) not in text
-        assert "/opt/nvhook/lib/nvhook" in text
+        text = launcher.read_bytes()
+        assert str(tmp_path).encode() not in text
+        assert b"/opt/nvhook/lib/nvhook" in text
         if launcher.name != "nvidia-docker":  # has nothing to configure
-            assert "/etc/nvidia-container-runtime/config.toml" in text
+            assert b"/etc/nvidia-container-runtime/config.toml" in text
         assert os.access(launcher, os.X_OK)
 
 
@@ -186,6 +188,36 @@ def test_python_that_is_too_old(tmp_path: Path) -> None:
     old.chmod(0o755)
     line = _refused(str(INSTALL), "install", str(tmp_path / "p"), str(tmp_path / "etc"), PYTHON=str(old))
     assert line == f"install: {old} is not Python 3.10 or later\n"
+
+
+def test_no_c_compiler(tmp_path: Path) -> None:
+    """Nothing has been made by then."""
+    line = _refused(str(INSTALL), "install", str(tmp_path / "p"), str(tmp_path / "etc"), CC="no-such-compiler")
+    assert line.startswith("compile: no C compiler: install gcc and libc6-dev")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["nvidia-container-runtime", "nvidia-container-runtime-hook"])
+@pytest.mark.parametrize("compiler", ["", "gcc"], ids=["default", "gcc"])
+def test_launchers_are_hardened(tmp_path: Path, name: str, compiler: str) -> None:
+    """PIE, its relocations read-only from the start, no executable stack, stack protector; and nothing is loaded."""
+    env = {**os.environ, **({"CC": compiler} if compiler else {})}
+    subprocess.run([COMPILE, tmp_path], env=env, check=True)
+    with (tmp_path / name).open("rb") as file:
+        elf = ELFFile(file)
+        assert elf["e_type"] == "ET_DYN"
+        segments = {segment["p_type"]: segment for segment in elf.iter_segments()}
+        assert "PT_GNU_RELRO" in segments
+        assert not segments["PT_GNU_STACK"]["p_flags"] & 1
+        assert "PT_INTERP" not in segments
+        flags = {tag["d_val"] for tag in _dynamic(segments["PT_DYNAMIC"]) if tag.entry.d_tag == "DT_FLAGS_1"}
+        assert flags
+        assert all(flag & 1 for flag in flags)  # DF_1_NOW
+    assert b"nvhook" in (tmp_path / name).read_bytes()[: 16 << 10]  # by which doctor knows it
+
+
+def _dynamic(segment: Any) -> Iterator[Any]:
+    yield from segment.iter_tags()
 
 
 def test_others_of_the_same_name_are_told(tmp_path: Path) -> None:
@@ -443,13 +475,13 @@ def test_containers_of_another_installation(pair: Pair, shop: Workshop, state: P
     bundle = _start(pair, pair.theirs, shop, config)
     ours = _start(pair, pair.ours, shop, config)
     try:
-        waiting = {prefix: _reserve(prefix) for prefix in (pair.ours, pair.theirs)}
+        waiting = {prefix: _server(prefix) for prefix in (pair.ours, pair.theirs)}
         before = tree(state)
         pair.run("uninstall", pair.ours)
         assert before == tree(state)
         assert _ended(waiting[pair.ours])
-        assert not reserve_of(pair.ours).exists()
-        assert _reserve(pair.theirs) == waiting[pair.theirs]
+        assert not server_of(pair.ours).exists()
+        assert _server(pair.theirs) == waiting[pair.theirs]
         assert not _ended(waiting[pair.theirs], seconds=0)
         assert (bundle.rootfs / "usr/bin/nvidia-smi").exists()
         bundle.delete()
@@ -466,11 +498,11 @@ def test_containers_of_another_installation(pair: Pair, shop: Workshop, state: P
         pair.run("uninstall", pair.theirs)
 
 
-def _reserve(prefix: Path) -> int:
-    """The process that waits for that installation's next container; it needs a moment to load its modules."""
-    path = reserve_of(prefix) / "pid"
+def _server(prefix: Path) -> int:
+    """That installation's server; it needs a moment to load its modules."""
+    path = server_of(prefix) / "pid"
     for _ in range(600):
-        if path.exists():
+        if path.exists() and path.read_text():
             return int(path.read_text())
         time.sleep(0.1)
     raise AssertionError("there is none")
@@ -489,39 +521,23 @@ def _ended(pid: int, *, seconds: float = 60) -> bool:
         time.sleep(0.05)
 
 
-@pytest.mark.root
-def test_reserve_of_a_prefix_whose_directory_has_the_same_name(tmp_path: Path) -> None:
-    """/opt/a-b and /opt/a/b: only the process that has the modules of the one that goes is ended."""
-    process = tmp_path / "process"
-    process.write_text('printf nvhook-reserve >/proc/$$/comm; echo $$ >"$1/pid"; while :; do sleep 1; done\n')
-    for modules, is_ended in (("/opt/a/b/lib/nvhook", False), ("/opt/a-b/lib/nvhook", True)):
-        place = tmp_path / "run/reserve-opt-a-b"
-        place.mkdir(parents=True, exist_ok=True)
-        child = subprocess.Popen(["/bin/bash", str(process), str(place), modules])
-        try:
-            while not (place / "pid").exists() or not (place / "pid").read_text():
-                time.sleep(0.01)
-            _steps(f"forget_reserve {place} /opt/a-b/lib/nvhook")
-            assert place.exists() != is_ended
-            if is_ended:
-                assert child.wait(60) == -signal.SIGTERM
-            else:
-                assert child.poll() is None
-        finally:
-            child.kill()
-            child.wait()
-    assert not (tmp_path / "run").exists()  # nothing of anybody's was left in it
+def test_each_prefix_has_a_server_of_its_own() -> None:
+    """/opt/a-b and /opt/a/b, and long ones: who ends one ends no other's."""
+    prefixes = ["/opt/a/b", "/opt/a-b", "/opt/a_b", "/opt/a", "/opt/" + "x" * 90, "/opt/" + "x" * 91]
+    directories = {server_of(Path(prefix)) for prefix in prefixes}
+    assert len(directories) == len(prefixes)
+    assert all(len(str(directory / "child-4194304")) <= 107 for directory in directories)  # of a socket's path
 
 
 def test_notes_of_containers_are_never_taken_away(tmp_path: Path) -> None:
-    """Not by a reserve's end, whoever they are of, nor an inventory that another installation reads."""
-    for path in ("containers/abc", "standby/abc", "reserve-opt-b"):
+    """Not by a server's end, whoever they are of, nor an inventory that another installation reads."""
+    for path in ("containers/abc", "server~opt~b"):
         (tmp_path / "run" / path).mkdir(parents=True)
     (tmp_path / "run/inventory.json").touch()
-    (tmp_path / "run/reserve-opt-a").mkdir()
+    (tmp_path / "run/server~opt~a").mkdir()
     before = tree(tmp_path / "run")
-    _steps(f"forget_reserve {tmp_path}/run/reserve-opt-a /opt/a/lib/nvhook")
-    del before[f"{tmp_path}/run/reserve-opt-a"]
+    _steps(f"forget_server {tmp_path}/run/server~opt~a")
+    del before[f"{tmp_path}/run/server~opt~a"]
     assert before == tree(tmp_path / "run")
 
 

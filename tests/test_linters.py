@@ -56,4 +56,4 @@ def test_shell_parses(script: Path) -> None:
 
 
 def test_shell_scripts_are_found() -> None:
-    assert REPOSITORY / "runtime-wrapper/nvidia-container-runtime" in SCRIPTS
+    assert REPOSITORY / "runtime-wrapper/compile" in SCRIPTS

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from containers import REPOSITORY, WRAPPER, Bundle, Workshop, configure
+from containers import REPOSITORY, WRAPPER, Bundle, Workshop, configure, server_of
 from simhost.build import build
 
 pytestmark = pytest.mark.root
@@ -131,7 +131,7 @@ def host(shop: Workshop) -> Host:
 
 @pytest.fixture(params=["source", "installed"])
 def wrapper(request: pytest.FixtureRequest, shop: Workshop) -> Iterator[Path]:
-    """The installed one has a process that waits, through the whole upgrade."""
+    """The installed one has a server, through the whole upgrade."""
     if request.param == "source":
         yield WRAPPER
         return
@@ -163,12 +163,11 @@ def _hold(results: list[subprocess.CompletedProcess[str]]) -> list[str]:
     return found
 
 
-def _reserve(wrapper: Path) -> int:
-    """The process that waits for the next start, which the installation alone has; 0 for none."""
-    prefix = str(wrapper.parent.parent)
+def _server(wrapper: Path) -> int:
+    """The server's process, which the installation alone has; 0 for none."""
     try:
-        pid = int(Path(f"/run/nvhook/reserve{prefix.replace('/', '-')}/pid").read_text())
-        return pid if Path(f"/proc/{pid}/comm").read_text() == "nvhook-reserve\n" else 0
+        pid = int((server_of(wrapper.parent.parent) / "pid").read_text())
+        return pid if Path(f"/proc/{pid}/comm").read_text() == "nvhook-server\n" else 0
     except OSError:
         return 0
 
@@ -178,7 +177,7 @@ def test_upgrade_under_a_loop_of_starts(shop: Workshop, host: Host, wrapper: Pat
     with Starts(shop, config, wrapper) as starts:
         starts.wait(3)
         before = len(starts.said)
-        reserve = _reserve(wrapper)
+        server = _server(wrapper)
         host.install(NEW, 0.3)
         starts.wait(2)
         between = len(starts.said)
@@ -186,8 +185,8 @@ def test_upgrade_under_a_loop_of_starts(shop: Workshop, host: Host, wrapper: Pat
         starts.wait(1)  # which may have begun before
         after = len(starts.said)
         starts.wait(3)
-    assert _reserve(wrapper) == reserve
-    assert bool(reserve) == (wrapper != WRAPPER)
+    assert _server(wrapper) == server
+    assert bool(server) == (wrapper != WRAPPER)
     assert set(_hold(starts.said[:before])) == {OLD}
     # The module is the old one still: its libraries as long as they are there, and no others.
     assert NEW not in _hold(starts.said[:between])

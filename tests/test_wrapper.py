@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""nvidia-container-runtime, the launcher in sh and what it starts, with a low-level runtime of a few lines."""
+"""nvidia-container-runtime, the launcher and what it starts, with a low-level runtime of a few lines."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from containers import HOOK, WRAPPER
+from containers import COMPILE, HOOK, WRAPPER
 from nvhook import config as configuration
 from nvhook.errors import SpecError
 from nvhook.version import VERSION
@@ -26,7 +26,6 @@ printf '%s\\0' "$@" >"${0%/*}/arguments"; exec /usr/bin/env -0 >"${0%/*}/environ
 # In the place of the interpreter: tells that it was asked.
 NO_PYTHON = "#!/bin/sh\necho 'python was started'; exit 42\n"
 
-STANDBY_HOOK = WRAPPER.parent / "standby/nvidia-container-runtime-hook"
 HOOK_ENTRY = {
     "path": str(HOOK),
     "args": ["nvidia-container-runtime-hook", "--no-audit", "--config", "{config}", "prestart"],
@@ -114,16 +113,19 @@ class Place:
         return dict(word.split("=", 1) for word in words)
 
     def hook(self) -> dict[str, Any]:
-        """The one that wakes the process that stands by, where there may be one."""
-        arguments = [word.format(config=self.config) for word in HOOK_ENTRY["args"]]
-        if os.geteuid() != 0:
-            return {**HOOK_ENTRY, "args": arguments}
-        arguments[1:1] = ["--standby", f"{self.directory}/state/standby/name"]
-        return {**HOOK_ENTRY, "path": str(STANDBY_HOOK), "args": arguments}
+        return {**HOOK_ENTRY, "args": [word.format(config=self.config) for word in HOOK_ENTRY["args"]]}
 
     def hooks(self) -> dict[str, Any]:
         after = ["nvidia-container-runtime-hook", "--state-dir", f"{self.directory}/state", "poststop"]
         return {"prestart": [self.hook()], "poststop": [{**HOOK_ENTRY, "args": after}]}
+
+
+def _compile(directory: Path, **paths: str | Path) -> Path:
+    """A launcher of one's own."""
+    directory.mkdir()
+    env = {**os.environ, **{name: str(path) for name, path in paths.items()}}
+    subprocess.run([COMPILE, directory], env=env, check=True)
+    return directory / "nvidia-container-runtime"
 
 
 @pytest.fixture
@@ -131,18 +133,11 @@ def place(proc: Path) -> Place:
     return Place(proc)
 
 
-@pytest.fixture
-def poisoned(tmp_path: Path) -> Path:
+@pytest.fixture(scope="module")
+def poisoned(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The launcher with something else in the place of the interpreter."""
-    text = WRAPPER.read_text()
-    assert "\nnv_python=/usr/bin/python3\n" in text
-    python = _program(tmp_path / "copy/no-python", NO_PYTHON)
-    (tmp_path / "copy/hook/nvhook").mkdir(parents=True)
-    shutil.copy(HOOK.parent / "nvhook/version.py", tmp_path / "copy/hook/nvhook")
-    return _program(
-        tmp_path / "copy/runtime-wrapper/nvidia-container-runtime",
-        text.replace("\nnv_python=/usr/bin/python3\n", f"\nnv_python={python}\n"),
-    )
+    place = tmp_path_factory.mktemp("poisoned")
+    return _compile(place / "bin", PYTHON=_program(place / "no-python", NO_PYTHON))
 
 
 # Which command lines go through Python; what the toolkit's own tests pin down is marked so.
@@ -241,8 +236,8 @@ def test_environment_arrives_unchanged(place: Place, command: str) -> None:
     }
     assert place.run(command, env=env).returncode == 0
     arrived = place.environment()
-    for ours in ("PWD", "OLDPWD", "SHLVL", "_"):  # a shell's own, and LC_CTYPE is what Python sets in the C locale
-        arrived.pop(ours, None)
+    for own in ("PWD", "OLDPWD", "SHLVL", "_"):  # of the runtime's sh; LC_CTYPE is what Python sets in the C locale
+        arrived.pop(own, None)
     assert {**env, "LC_CTYPE": ""} == {**arrived, "LC_CTYPE": ""}
 
 
@@ -250,14 +245,7 @@ def test_environment_arrives_unchanged(place: Place, command: str) -> None:
 def test_environment_empty(place: Place, command: str) -> None:
     """As from a shim that clears it: neither PATH nor NVHOOK_CONFIG is there."""
     place.write()
-    copy = place.directory / "copy/runtime-wrapper"
-    shutil.copytree(WRAPPER.parent, copy)
-    (copy.parent / "hook").symlink_to(HOOK.parent)
-    launcher = copy / "nvidia-container-runtime"
-    text = launcher.read_text()
-    launcher.write_text(
-        text.replace("\nnv_config=/etc/nvidia-container-runtime/config.toml\n", f"\nnv_config={place.config}\n")
-    )
+    launcher = _compile(place.directory / "copy", CONFIG=place.config)
     place.configure(f"[nvidia-container-runtime]\nruntimes = ['{place.runtime}']")
     done = place.run(command, launcher=launcher, env={})
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
@@ -334,15 +322,15 @@ def test_runtime_first_that_is_there(place: Place) -> None:
     ],
 )
 def test_runtimes_read_as_python_reads_them(place: Place, text: str, expected: str) -> None:
-    """The launcher up to its look-up, whether it understands the line itself or asks Python."""
+    """Whether the launcher understands the line itself or asks Python."""
     place.config.write_bytes(text.encode())
     assert expected == ":".join(configuration.load(str(place.config)).runtimes)
-    script = WRAPPER.read_text().partition("\nlook_up\n")[0] + '\nprintf "%s" "$nv_names"\n'
-    launcher = _program(place.directory / "copy/runtime-wrapper/launcher", script)
-    (launcher.parent / "nvruntime").symlink_to(WRAPPER.parent / "nvruntime")
-    (launcher.parents[1] / "hook").symlink_to(HOOK.parent)
-    done = place.run("state", launcher=launcher)
-    assert (expected, "") == (done.stdout, done.stderr)
+    done = place.run("state")
+    if expected == "runc:crun":
+        assert (done.returncode, done.stderr, place.arguments()) == (0, "", ["state"])
+    else:
+        said = f"nvidia-container-runtime: runtime error: no runtime binary found from candidate list: [{expected}]"
+        assert (done.returncode, done.stderr.partition("; ")[0].strip()) == (1, said)
 
 
 @pytest.mark.parametrize(
@@ -575,6 +563,25 @@ WORDS = {
     "commented-prefix": ({"annotations": {"a.b/x": "0"}}, '# annotation-prefixes = ["a.b/"]', False),
     "mount": ({"mounts": [{"destination": "/var/run/nvidia-container-devices/0"}]}, "", True),
     "swarm-resource": ({"process": {"env": ["DOCKER_RESOURCE_GPU=0"]}}, 'swarm-resource = "DOCKER_RESOURCE_GPU"', True),
+    "escaped": ('{"process": {"env": ["\\u004eVIDI\\u0041\\u005fVISIBLE_DEVICES=all"]}}', "", True),
+    "escaped-solidus": ('{"annotations": {"cdi.k8s.io\\/x": "nvidia.com\\/gpu=0"}}', "", True),
+    "escaped-backslash": ('{"process": {"env": ["\\\\u004eVIDIA_VISIBLE_DEVICES=all"]}}', "", False),
+    "other-escapes": ('{"process": {"env": ["A=\\u003cb\\u00e9\\n\\"NVIDIA\\u005"]}}', "", False),
+    "annotation-key-of-ones-own": (
+        {"annotations": {"example.com/gpus": "all"}},
+        '[nvidia-container-runtime.modes.cdi]\nannotation-prefixes = ["example.com/"]',
+        True,
+    ),
+    "annotation-key-behind-runtimes": (
+        {"annotations": {"example.com/gpus": "all"}},
+        '[nvidia-container-runtime]\nruntimes = ["runc"]\n[x]\n  annotation-prefixes=["example.com/"]',
+        True,
+    ),
+    "usual-annotation-key": (
+        {"annotations": {"example.com/gpus": "all"}},
+        '[nvidia-container-runtime.modes.cdi]\nannotation-prefixes = ["cdi.k8s.io/"]',
+        False,
+    ),
     "commented-swarm": ({"process": {"env": ["A=b"]}}, '#swarm-resource = "DOCKER_RESOURCE_GPU"', False),
 }
 
@@ -766,7 +773,7 @@ def test_log_that_cannot_be_written(place: Place, log: str) -> None:
 
 
 def test_environment_reaches_the_runtime_unchanged(place: Place) -> None:
-    """The launcher's own variables must not write over the caller's exported ones."""
+    """Also those that a launcher in sh once had for itself."""
     names = (
         "python",
         "config",

@@ -16,7 +16,7 @@ from .linux import proc as procfs
 from .linux.root import DIRECTORY, OutOfTimeError, Root
 
 # For all look-ups in the container's tree from `find` to the last edit, and for ldconfig, whose own limit is 10 s. With
-# what is done ahead of it (standby.py) a start is not held up for more than 15 s by what is in an image.
+# what is done ahead of it (nvruntime/ahead.py) a start is not held up for more than 15 s by what is in an image.
 SECONDS = 12
 
 # What changing the container's tree takes, and the children that ldconfig.py starts there. With NET_ADMIN, rules of the

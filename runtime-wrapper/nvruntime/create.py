@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`create` and `run`: give the container's config.json our hook and its device rules, then become the runtime.
+"""`create` and `run`: give the container's config.json our hook and its device rules; then comes the low-level runtime.
 
-The launcher (POSIX sh) has found the low-level runtime and passes everything else through. A container that asks for
+The launcher has found the low-level runtime and passes everything else through. A container that asks for
 nothing keeps its config.json byte for byte.
 """
 
@@ -12,7 +12,7 @@ import sys
 
 from nvhook import audit, spec
 from nvhook import config as configuration
-from nvhook.errors import NvhookError, RuntimeLookupError, reason
+from nvhook.errors import NvhookError, RuntimeLookupError
 
 from . import bundle
 
@@ -23,19 +23,15 @@ if TYPE_CHECKING:
     from nvhook.audit import Audit
     from nvhook.config import Config
     from nvhook.edits import Device
+    from nvhook.gpus import Gpus, Selection
+    from nvhook.request import Request
     from nvhook.spec import Json
 
-    from . import standby
-
 _PROGRAM = "nvidia-container-runtime"
-
-# The hook of a few lines that wakes the process which stands by (standby.py), beside this package.
-_STANDBY_HOOK = os.path.join(
-    os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "standby/nvidia-container-runtime-hook"
-)
-# What the hook's process finds in its environment: nothing of the image's, and never nothing at all, because an
-# empty list means to some runtimes that the hook inherits theirs (CVE-2025-23266).
-HOOK_ENV = ["PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"]
+_USUAL_PLACES = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+# The environment of our hooks: nothing of the image's, and not empty, because an empty list means to some runtimes that
+# the hook inherits theirs (CVE-2025-23266).
+HOOK_ENV = [f"PATH={_USUAL_PLACES}"]
 
 
 class Call:
@@ -43,19 +39,20 @@ class Call:
 
     hook          absolute path of nvidia-container-runtime-hook
     config_path   config.toml, which need not be there unless it `must_exist`
-    reserve       directory of the process that serves the next container (reserve.py); empty for none
-    candidates    what was looked for as the low-level runtime, separated by colons; `runtime` is empty if none is there
+    server        directory of the server (server.py); empty for none
+    candidates    names and paths of low-level runtimes, separated by colons; empty: those of config.toml
+    runtime       the first of them that is there; empty if none is, or if `candidates` is
     arguments     runc's command line
     """
 
-    __slots__ = ("arguments", "candidates", "config_path", "hook", "must_exist", "reserve", "runtime")
+    __slots__ = ("arguments", "candidates", "config_path", "hook", "must_exist", "runtime", "server")
 
     def __init__(
         self,
         hook: str,
         config_path: str,
         must_exist: bool,
-        reserve: str,
+        server: str,
         candidates: str,
         runtime: str,
         arguments: list[str],
@@ -63,34 +60,39 @@ class Call:
         self.hook = hook
         self.config_path = config_path
         self.must_exist = must_exist
-        self.reserve = reserve
+        self.server = server
         self.candidates = candidates
         self.runtime = runtime
         self.arguments = arguments
 
 
-def main(hook: str, config_path: str, reserve: str, candidates: str, runtime: str, arguments: list[str]) -> int:
-    """Does not return when all is well: the process is then the low-level `runtime`. The words are those of Call."""
-    chosen = os.environ.get("NVHOOK_CONFIG")
-    call = Call(hook, chosen or config_path, bool(chosen), reserve, candidates, runtime, arguments)
-    said: list[str] = []
-    if reserve:
-        from . import reserve as reserves
+class Task:
+    """What `edit` has found out about a container, for a process that prepares its start (ahead.py)."""
 
-        reserves.leave(reserve)  # before anything of this container is in memory
-    ready(call, said, become)
-    for line in said:
-        print(line, file=sys.stderr)
-    return 1
+    __slots__ = ("asked", "bundle", "chosen", "config", "described", "gpus", "id")
+
+    def __init__(
+        self,
+        config: Config,
+        described: spec.Spec,
+        asked: Request,
+        gpus: Gpus,
+        chosen: Selection,
+        *,
+        bundle: str,
+        id: str,  # noqa: A002 - OCI's name
+    ) -> None:
+        self.config = config
+        self.described = described
+        self.asked = asked
+        self.gpus = gpus
+        self.chosen = chosen
+        self.bundle = bundle
+        self.id = id
 
 
-def ready(
-    call: Call, said: list[str], then: Callable[[Call], None], stay: Callable[[standby.Waiting], None] | None = None
-) -> bool:
-    """Edit the container's config.json and do what comes `then`; False, and an error in `said`, if that is not to be.
-
-    A process that stands by for the container is left; one that can itself is told what that takes, by `stay`.
-    """
+def main(call: Call, stay: Callable[[Task], str] | None = None) -> int:
+    """Edit the container's config.json: 0, or 1 with the error on stderr and in the runtime's log. `stay`: see edit."""
     warnings: list[str] = []
     log = Log(call.arguments)
     trail = None
@@ -98,31 +100,26 @@ def ready(
         config = configuration.load(call.config_path, must_exist=call.must_exist)
         log.also(config.log_file, config.log_level)
         warnings += config.warnings
-        if not call.runtime:
-            raise RuntimeLookupError(
-                f"no runtime binary found from candidate list: [{call.candidates}]",
-                "install runc, or set `nvidia-container-runtime.runtimes` in config.toml",
-            )
+        _look_up(call, config)
         # The container's id is the last word of runc's command line.
         trail = audit.Audit(config, _PROGRAM, call.arguments[-1], log.write)
         edit(call, config, warnings, trail, stay)
         log.warn(warnings)
         trail.grant()
-        then(call)
-        return True
+        return 0
     except NvhookError as error:
         if trail and trail.chosen:
-            _take_back(config, call.arguments[-1])
+            take_back(config, call.arguments[-1])
         log.warn(warnings)
         if trail:
             trail.refuse(str(error))
         log.write("error", str(error))  # the last one: engines show it
-        said.append(f"{_PROGRAM}: {error}")
-    return False
+        print(f"{_PROGRAM}: {error}", file=sys.stderr)
+        return 1
 
 
-def _take_back(config: Config, start: str) -> None:
-    """What was made on the host, where the low-level runtime is not executed."""
+def take_back(config: Config, start: str) -> None:
+    """What was made on the host for a container that is not started."""
     from nvhook import kmods
 
     made = kmods.made_by(config, start)
@@ -130,33 +127,42 @@ def _take_back(config: Config, start: str) -> None:
         made.take_back()
 
 
-def become(call: Call) -> None:
-    """Replace this process, its environment unchanged; RuntimeLookupError where that does not work."""
+def find_runtime(call: Call) -> int:
+    """Find the low-level runtime that config.toml names: 0, or 1 with the error on stderr."""
     try:
-        os.execv(call.runtime, [call.runtime, *call.arguments])
-    except OSError as error:
-        raise RuntimeLookupError(f"execute `{call.runtime}`: {reason(error)}") from None
-
-
-def candidates(config_path: str) -> int:
-    """Print `nvidia-container-runtime.runtimes`, separated by colons, for the launcher."""
-    try:
-        chosen = os.environ.get("NVHOOK_CONFIG")
-        print(":".join(configuration.load(chosen or config_path, must_exist=bool(chosen)).runtimes))
+        _look_up(call, configuration.load(call.config_path, must_exist=call.must_exist))
+        return 0
     except NvhookError as error:
-        print(f"nvidia-container-runtime: {error}", file=sys.stderr)
+        print(f"{_PROGRAM}: {error}", file=sys.stderr)
         return 1
-    return 0
+
+
+def _look_up(call: Call, config: Config) -> None:
+    """Set `runtime`, as the launcher does; RuntimeLookupError where none is there."""
+    if not call.candidates:
+        call.candidates = ":".join(config.runtimes)
+        places = [*os.environ.get("PATH", "").split(":"), *_USUAL_PLACES.split(":")]
+        for name in config.runtimes:
+            paths = [name] if "/" in name else [f"{place}/{name}" for place in places]
+            found = [path for path in paths if os.path.isfile(path) and os.access(path, os.X_OK)]
+            if found:
+                call.runtime = found[0]
+                return
+    if not call.runtime:
+        raise RuntimeLookupError(
+            f"no runtime binary found from candidate list: [{call.candidates}]",
+            "install runc, or set `nvidia-container-runtime.runtimes` in config.toml",
+        )
 
 
 def edit(
-    call: Call,
-    config: Config,
-    warnings: list[str],
-    trail: Audit,
-    stay: Callable[[standby.Waiting], None] | None = None,
+    call: Call, config: Config, warnings: list[str], trail: Audit, stay: Callable[[Task], str] | None = None
 ) -> None:
-    """Change the config.json of the bundle that `call` names, if its container asks for GPUs."""
+    """Change the config.json of the bundle that `call` names, if its container asks for GPUs.
+
+    `stay` is given by a process that can prepare the start while the low-level runtime makes the container. It returns
+    the number by which the hook finds that process, or nothing.
+    """
     place = bundle.directory(call.arguments)
     document, status = spec.read_config(place)
     described = spec.parse(document, place)
@@ -165,29 +171,18 @@ def edit(
         return
     from nvhook import caps, dri, features, host, kmods, plan, selection  # only for a container that asks
 
-    from . import standby
-
     gpus = host.read(config, asked, warnings)
     chosen = trail.chosen = selection.choose(config, asked, gpus, warnings)
-    task = standby.Task(config, described, asked, gpus, chosen, bundle=place, id=call.arguments[-1])
-    waiting = standby.make(task)
-    if waiting:
-        (stay or standby.leave)(waiting)  # a process of its own works while we do the rest
     extras = [caps.find(config, asked, chosen, gpus), features.find(config, asked, warnings)]
     nodes = plan.devices(asked, chosen.gpus, gpus, dri.find(config, asked, chosen.gpus), extras)
     made = kmods.make_nodes(config, nodes, warnings, call.arguments[-1])
-    _complete(call, config, document, nodes, waiting, is_provisional=made is not None)
+    child = stay(Task(config, described, asked, gpus, chosen, bundle=place, id=call.arguments[-1])) if stay else ""
+    _complete(call, config, document, nodes, child, is_provisional=made is not None)
     bundle.write(place, document, status)
 
 
 def _complete(
-    call: Call,
-    config: Config,
-    document: Json,
-    nodes: list[Device],
-    waiting: standby.Waiting | None,
-    *,
-    is_provisional: bool,
+    call: Call, config: Config, document: Json, nodes: list[Device], child: str, *, is_provisional: bool
 ) -> None:
     """Rules, groups and hooks. What was made on the host and `is_provisional` stays when the container's program runs
     (poststart), and goes when the container is deleted before that (poststop)."""
@@ -195,17 +190,12 @@ def _complete(
         bundle.add_device_rules(document, [node.rule() for node in nodes])
     if not config.no_additional_gids:
         bundle.add_groups(document, [node.gid for node in nodes if node.needs_group()])
-    which = ["--no-audit", *(["--config", os.path.abspath(config.path)] if config.path else [])]
-    if waiting:
-        bundle.add_hook(document, "prestart", _STANDBY_HOOK, ["--standby", waiting.place, *which], HOOK_ENV)
-    else:
-        bundle.add_hook(document, "prestart", call.hook, which, HOOK_ENV)
+    first = ["--child", child] if child else []
+    which = ["--config", os.path.abspath(config.path)] if config.path else []
+    bundle.add_hook(document, "prestart", call.hook, [*first, "--no-audit", *which], HOOK_ENV)
     if is_provisional:
         bundle.add_hook(document, "poststart", call.hook, ["--made", *which], HOOK_ENV)
         bundle.add_hook(document, "poststop", call.hook, ["--made", *which], HOOK_ENV)
-    elif call.reserve:
-        clean = ["--reserve", call.reserve, "--state-dir", config.state_dir]
-        bundle.add_hook(document, "poststop", _STANDBY_HOOK, clean, HOOK_ENV)
     else:
         bundle.add_hook(document, "poststop", call.hook, ["--state-dir", config.state_dir], HOOK_ENV)
 

@@ -134,7 +134,7 @@ class Machine:
                     found.append((int(number), Path(f"/proc/{number}/comm").read_text().strip()))
         first = self._first
         below = _children(first)
-        found = [(pid, name) for pid, name in found if name not in ("nvhook-reserve", "nvhook-next")]
+        found = [(pid, name) for pid, name in found if name not in ("nvhook-server", "nvhook-ready")]
         return [(pid, name) for pid, name in found if pid != first and not (pid in below and name == "cat")]
 
     def send(self, number: int) -> None:

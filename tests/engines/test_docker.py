@@ -212,14 +212,13 @@ def test_gpus_option_with_the_runtime_runs_one_hook(docker: Docker) -> None:
         assert docker.do("exec", name, "nvidia-smi", "-L") == BOTH
     hooks = [hook for hook in config["hooks"]["prestart"] if "nvidia" in hook["path"]]
     (hook,) = hooks
-    assert hook["path"] == str(docker.bin.parent / "lib/nvhook/standby/nvidia-container-runtime-hook")
-    name, option, place, *others = hook["args"]
-    assert (name, option, os.path.basename(os.path.dirname(place))) == (
-        os.path.basename(hook["path"]),
-        "--standby",
-        "standby",
-    )
-    assert others == ["--no-audit", "--config", str(docker.config), "prestart"]
+    assert hook["path"] == str(docker.bin / "nvidia-container-runtime-hook")
+    name, *words = hook["args"]
+    if words[0] == "--child":  # where the server has edited config.json
+        assert words[1].isdecimal()
+        words = words[2:]
+    assert name == os.path.basename(hook["path"])
+    assert words == ["--no-audit", "--config", str(docker.config), "prestart"]
     assert all(hook["env"][0].startswith("PATH=") and len(hook["env"]) == 1 for hook in hooks)
     rules = [(rule.get("major"), rule.get("minor")) for rule in config["linux"]["resources"]["devices"]]
     assert all(rules.count((195, minor)) == 1 for minor in (0, 1, 255))

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from elftools.elf.elffile import ELFFile
 
 import containers
 from conftest import cannot
@@ -138,8 +139,9 @@ def _control() -> str:
     return (REPOSITORY / "packaging/deb/control").read_text()
 
 
-def _build(kind: str, place: Path, version: str = "") -> Path:
+def _build(kind: str, place: Path, version: str = "", architecture: str = "") -> Path:
     env = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", **({"NVHOOK_VERSION": version} if version else {})}
+    env |= {"NVHOOK_ARCH": architecture} if architecture else {}
     command = [str(REPOSITORY / "packaging/build"), kind, str(place)]
     done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
@@ -172,6 +174,23 @@ BOTH_RELEASES = pytest.mark.parametrize("system", ["bookworm", "trixie"], indire
 def test_same_bytes_twice(request: pytest.FixtureRequest, shop: Workshop, kind: str) -> None:
     first = request.getfixturevalue(kind)
     assert _build(kind, shop.new("again")).read_bytes() == first.read_bytes()
+
+
+@pytest.mark.parametrize(("architecture", "machine"), [("amd64", "x64"), ("arm64", "AArch64")])
+def test_launchers_of_each_architecture(shop: Workshop, architecture: str, machine: str) -> None:
+    """Static, position-independent programs."""
+    made = _build("deb", shop.new("dist"), architecture=architecture)
+    assert made.name.endswith(f"_{architecture}.deb")
+    field = subprocess.run(["dpkg-deb", "--field", made, "Architecture"], check=True, capture_output=True, text=True)
+    assert field.stdout == f"{architecture}\n"
+    place = shop.new("unpacked")
+    subprocess.run(["dpkg-deb", "--extract", made, place], check=True)
+    for name in ("nvidia-container-runtime", "nvidia-container-runtime-hook"):
+        with (place / "usr/bin" / name).open("rb") as file:
+            elf = ELFFile(file)
+            assert (elf.get_machine_arch(), elf["e_type"]) == (machine, "ET_DYN")
+            assert "PT_INTERP" not in {segment["p_type"] for segment in elf.iter_segments()}
+            assert b"/usr/lib/nvhook" in (place / "usr/bin" / name).read_bytes()
 
 
 def test_lintian_finds_no_error(deb: Path) -> None:

@@ -49,7 +49,7 @@ from nvhook.gpus import Gpu, Gpus
 from nvhook.linux import cgroups, devprog, elf, identity, ldcache, ldmerge, mountinfo, symver
 from nvhook.linux.root import DIRECTORY, Root
 from nvhook.requirements import Facts
-from nvruntime import bundle
+from nvruntime import bundle, server
 from security import mutations
 from simhost import cachewriter, elfwriter
 from simhost.description import SimhostError, load
@@ -852,3 +852,20 @@ def kept_about_a_container(document: Any) -> None:
         with contextlib.suppress(NvhookError):
             cleanup.poststop(str(_place() / "state"), spec.State(0, "/bundle", name), [])
     assert (_place() / "canary").exists()
+
+
+# The server
+
+
+_REQUEST = (
+    (3).to_bytes(4, "little") + (2).to_bytes(4, "little") + (18).to_bytes(4, "little") + b"hook\0/c\0prestart\0A=b\0C\0"
+)
+
+
+@_target(mutations.damaged([_REQUEST], [b"\0", b"\xff" * 4, b"=", b"edit\0"]))
+def server_request(data: bytes) -> None:
+    with contextlib.suppress(server.Refused):
+        words, variables, umask = server.parse(data)
+        assert words
+        assert umask <= 0o777
+        assert len(words) + len(variables) <= data.count(b"\0")

@@ -22,7 +22,6 @@ from nvruntime import create
 pytestmark = pytest.mark.root
 
 A100 = "a100x2"
-_STANDBY_HOOK = containers.WRAPPER.parent / "standby/nvidia-container-runtime-hook"
 _CALLS = "trace=open,openat,openat2,execve,execveat,setns,chroot,pivot_root,clone,clone3,fork,vfork"
 
 # A Python that looked beside itself would find these; a dynamic linker, a shell and iconv the others.
@@ -132,7 +131,7 @@ def _traced(shop: Workshop) -> tuple[Bundle, Path, Path]:
         cannot("strace is not installed")
     bundle = shop.bundle()
     traps, marker = bundle.rootfs / "traps", bundle.directory / "sprung"
-    for top in (traps, bundle.rootfs, bundle.rootfs / "usr/lib/python3", bundle.rootfs / HOOK.parent.relative_to("/")):
+    for top in (traps, bundle.rootfs, bundle.rootfs / "usr/lib/python3", bundle.rootfs / str(REPOSITORY / "hook")[1:]):
         _set_traps(top, marker)
     strace = ("strace", "-ff", "-s", "512", "-e", _CALLS, "-o", str(bundle.directory / "trace"))
     bundle.through += (*containers.own_mounts(f"cd {traps}"), *strace)
@@ -151,7 +150,7 @@ def _check(bundle: Bundle, marker: Path) -> Trace:
     names = {Path(name).name for name in (*_MODULES, *_OTHERS)}
     assert [path for path in trace.opened if not path.startswith("/") and Path(path).name in names] == []
     assert set(trace.late) <= {"proc", "sys", "dev"}  # which the child that becomes ldconfig covers up before that
-    assert set(trace.programs) <= {str(containers.WRAPPER), str(HOOK), str(_STANDBY_HOOK), "/usr/bin/python3"}
+    assert set(trace.programs) <= {str(containers.WRAPPER), str(HOOK), "/usr/bin/python3"}
     return trace
 
 

@@ -20,7 +20,6 @@ import pytest
 from containers import HOOK, WRAPPER, Bundle, Workshop
 from nvhook import audit, config, device_list, errors, request, requirements, spec
 from nvhook.errors import DeviceError, RequestError, RequirementError
-from nvruntime import standby
 
 MOST = 8192
 ALL = "NVIDIA_VISIBLE_DEVICES=all"
@@ -129,21 +128,6 @@ def test_audit_has_a_limit(tmp_path: Path, text: str) -> None:
     values = {name: json.loads(value) for name, value in facts}
     assert values["container"] == "the-container"
     assert values["why"].endswith("; this host has none")
-
-
-@pytest.mark.parametrize("count", [1, 3, 5000])
-def test_answer_has_whole_lines_and_the_last(count: int) -> None:
-    reading, writing = os.pipe()
-    try:
-        said = [f"warning {number}: " + "\U000e0001" * 20_000 for number in range(count)]
-        standby.say(writing, 1, [*said, "the error"])
-        status, *lines, end = os.read(reading, 1 << 16).decode().split("\n")
-    finally:
-        os.close(reading)
-        os.close(writing)
-    assert (status, lines[-1], end) == ("1", "the error", "")
-    assert all(line.startswith("warning ") for line in lines[:-1])
-    assert len(lines) > 1
 
 
 # Work

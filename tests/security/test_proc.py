@@ -24,7 +24,7 @@ from nvhook.container import Container
 from nvhook.edits import Edit
 from nvhook.errors import ContainerError, MountError
 from nvhook.linux import kernel, proc, userns
-from nvruntime import standby
+from nvruntime import server
 from security import hostile
 from security.hostile import OLD_KERNEL, Place
 
@@ -136,10 +136,10 @@ def test_what_can_be_left_out_is(place: Place, what: str) -> None:
         SWAPPED[what](place, "/proc")
         assert not userns.is_first()
         assert kmods.modprobe(configuration.load("/nonexistent")) == ""
-        assert standby.make(standby.Task.__new__(standby.Task)) is None
-        standby.be_called("nvhook-standby")
+        assert server.leave(str(place.root / "server")) is None
+        server._be_called("nvhook-ahead")
         kernel.umount2("/proc", kernel.MNT_DETACH)
-        assert Path("/proc/self/comm").read_text() == "nvhook-standby\n"
+        assert Path("/proc/self/comm").read_text() == "nvhook-ahead\n"
 
     before = place.outside()
     _in_own_mounts(work)

@@ -34,7 +34,7 @@ from nvhook.linux import kernel, ldconfig, symver
 from nvhook.linux import root as roots
 from nvhook.linux.root import DIRECTORY, OutOfTimeError, Root
 from nvhook.request import Request
-from nvruntime import standby
+from nvruntime import ahead, create
 from security.hostile import LIBRARIES, OLD_KERNEL, Place
 from simhost import cachewriter, elfwriter
 
@@ -264,13 +264,14 @@ def test_image_that_is_too_slow_to_look_at_gives_no_false_alarm(tmp_path: Path, 
 
 def test_what_is_done_ahead_leaves_a_slow_image_to_the_hook(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The process beside the low-level runtime has two seconds for it, the hook has twelve."""
-    monkeypatch.setattr(standby, "_LOOKUP_SECONDS", 0)
+    monkeypatch.setattr(ahead, "_LOOKUP_SECONDS", 0)
     asked = Request(("all",), ("compute",), (), "")
     gpus, chosen = Gpus("550.1", [], {}, (0, 0, 0)), Selection([], [])
     described = survey.imagined([], str(tmp_path))
     settings = configuration.load("/nonexistent")
-    task = standby.Task(settings, described, asked, gpus, chosen, bundle="/bundle", id="name")
-    assert standby._prepare(task, []) == (None, None)
+    task = create.Task(settings, described, asked, gpus, chosen, bundle="/bundle", id="name")
+    prepared = ahead.Ahead(task)
+    assert (prepared._preparation, prepared._fault) == (None, None)
 
 
 @pytest.mark.parametrize("command", ["plan", "explain"])

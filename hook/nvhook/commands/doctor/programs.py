@@ -17,7 +17,7 @@ _START = 16 << 10
 
 
 def whose(host: Host, path: str) -> str:
-    """NVIDIA's are ELF files, ours are scripts that name us; MISSING for what cannot be run."""
+    """Ours are scripts and ELF files that name us at the beginning; MISSING for what cannot be run."""
     if not host.is_program(path):
         return MISSING
     try:
