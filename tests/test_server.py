@@ -213,6 +213,20 @@ def _without_times(text: str) -> list[str]:
     return [" ".join(word for word in line.split(" ") if not word.startswith("time=")) for line in text.splitlines()]
 
 
+@pytest.mark.parametrize("name", ["a\nb", "", "ä \udcff", "$(id)", "-b"], ids=ascii)
+def test_arguments_arrive_unchanged(shop: Workshop, installed: Installed, name: str) -> None:
+    """What the child makes of them is seen in the log that they name."""
+    installed.ready()
+    directory = shop.new("log")
+    directory.mkdir()
+    log = directory / f"log{name}"
+    bundle = shop.bundle().write(["/bin/true"], {"NVIDIA_VISIBLE_DEVICES": "7"})
+    result = bundle.run(shop.config(HOST), wrapper=installed.wrapper, options=("--log", str(log)))
+    assert result.returncode == 1
+    assert [path.name for path in directory.iterdir()] == [log.name]
+    assert "unknown device `7`" in log.read_text()
+
+
 @pytest.mark.parametrize("closed", ["0<&-", "1>&-", "2>&-", "0<&- 1>&- 2>&-"])
 def test_caller_without_standard_streams(shop: Workshop, installed: Installed, closed: str) -> None:
     """Its socket must not be where the child writes."""
