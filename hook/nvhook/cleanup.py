@@ -9,7 +9,9 @@ Nothing is done to a path: the root filesystem is opened once, and has to be the
 another container over the same one lives, it inherits the note: to remove a mount point takes the mount away
 from every namespace that has one there.
 
-A note that cannot be written, or is lost in a reboot, costs empty files in a layer, and no container.
+A note that cannot be written, or is lost in a reboot, costs empty files in a layer, and no container. There is one
+exception: beside a noted container over the same root filesystem, whose end would harm the one without a note, that one
+is not started.
 """
 
 from __future__ import annotations
