@@ -8,6 +8,7 @@ import itertools
 import json
 import os
 import shutil
+import signal
 import stat
 import subprocess
 import traceback
@@ -61,8 +62,11 @@ def start(
     name: str = NAME,
     pid: int = 0,
 ) -> State:
-    """A start that leaves `traces`; the container's first process is `pid`, or this one."""
-    state = State(pid or os.getpid(), bundle, name)
+    """A start that leaves `traces`; the container's first process is `pid`, or one that `clean` ends."""
+    if not pid:
+        _sleepers.setdefault(name, []).append(subprocess.Popen(["sleep", "600"]))
+        pid = _sleepers[name][-1].pid
+    state = State(pid, bundle, name)
     begun = register(tmp_path, state, container(rootfs, pid))
     assert begun.directory
     cleanup.note(begun.directory, traces, former)
@@ -83,8 +87,30 @@ def note(tmp_path: Path, rootfs: Path, traces: list[Any], former: int = -1) -> S
     return start(tmp_path, rootfs, traces, former)
 
 
+_sleepers: dict[str, list[subprocess.Popen[bytes]]] = {}
+
+
+def end_of(name: str) -> None:
+    for process in _sleepers.pop(name, []):
+        end(process)
+
+
+@pytest.fixture(autouse=True)
+def no_sleepers() -> Iterator[None]:
+    yield
+    for name in list(_sleepers):
+        end_of(name)
+
+
+def end(process: subprocess.Popen[bytes]) -> None:
+    """Also in a child of ours, whose own child it is not."""
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+
+
 def clean(tmp_path: Path, state: State) -> list[str]:
-    """The poststop hook; what it warns of."""
+    """The end of the container's process, and the poststop hook; what that warns of."""
+    end_of(state.id)
     warnings: list[str] = []
     cleanup.poststop(str(tmp_path / "state"), state, warnings)
     return warnings
@@ -217,6 +243,7 @@ def test_write_keeps_the_first_start_that_was_not_cleaned(tmp_path: Path, rootfs
     (rootfs / "usr/lib/one").touch()
     (rootfs / "usr/lib/two").touch()
     note(tmp_path, rootfs, [{"kind": "file", "path": "/usr/lib/one"}])
+    end_of(NAME)
     state = note(tmp_path, rootfs, [{"kind": "file", "path": "/usr/lib/two"}])
     clean(tmp_path, state)
     assert tree(rootfs) == ["etc", "usr", "usr/lib"]
@@ -389,11 +416,14 @@ def test_poststop_leaves_another_root_filesystem_alone(tmp_path: Path, exchange:
 
 def test_second_poststop_does_not_touch_the_next_container(tmp_path: Path, rootfs: Path) -> None:
     """The same id and bundle, another image: the note of the first is gone, whoever calls."""
-    state = note(tmp_path, rootfs, _with_ours(rootfs))
+    note(tmp_path, rootfs, _with_ours(rootfs))
+    end_of(NAME)
     rootfs.rename(tmp_path / "first")
     rootfs.mkdir()
+    _sleepers[NAME] = [subprocess.Popen(["sleep", "600"])]
+    state = State(_sleepers[NAME][0].pid, "/bundle", NAME)
     warnings: list[str] = []
-    directory = register(tmp_path, state, container(rootfs), warnings).directory
+    directory = register(tmp_path, state, container(rootfs, state.pid), warnings).directory
     assert directory
     assert warnings == [
         f"what was kept about a container `{NAME}` was of another root filesystem or bundle; "
@@ -455,11 +485,6 @@ def processes() -> Iterator[Callable[[], subprocess.Popen[bytes]]]:
     for process in started:
         process.kill()
         process.wait()
-
-
-def end(process: subprocess.Popen[bytes]) -> None:
-    process.kill()
-    process.wait()
 
 
 @pytest.mark.parametrize("order", list(itertools.permutations(range(3))), ids=str)
@@ -562,7 +587,8 @@ def test_failed_start_beside_another_container(
     start(tmp_path, rootfs, [], name="other", pid=other.pid)
     if over:
         end(other)
-    failed = register(tmp_path, State(os.getpid(), "/bundle", NAME), container(rootfs))
+    first = processes()
+    failed = register(tmp_path, State(first.pid, "/bundle", NAME), container(rootfs, first.pid))
     taken_back: list[str] = []
     (rootfs / "usr/lib/ours").touch()
     cleanup.undo(failed, lambda: taken_back.append("all"), [{"kind": "file", "path": "/usr/lib/ours"}])
@@ -571,8 +597,24 @@ def test_failed_start_beside_another_container(
     assert (NAME in os.listdir(tmp_path / "state/containers")) != over
     if not over:
         end(other)
+        end(first)
         clean(tmp_path, State(0, "/bundle", NAME))
         assert not (rootfs / "usr/lib/ours").exists()
+
+
+def test_poststop_of_a_container_that_runs(
+    tmp_path: Path, rootfs: Path, processes: Callable[[], subprocess.Popen[bytes]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is called for another one of the same id and bundle, in another directory of the runtime (`runc --root`)."""
+    monkeypatch.setattr(container_dir, "_END_SECONDS", 0.05)
+    running = processes()
+    state = start(tmp_path, rootfs, _with_ours(rootfs), pid=running.pid)
+    before = tree(rootfs)
+    assert clean(tmp_path, state) == [f"container `{NAME}` runs: nothing of it is removed"]
+    assert before == tree(rootfs)
+    end(running)
+    assert clean(tmp_path, state) == []
+    assert os.listdir(tmp_path / "state/containers") == []
 
 
 def test_cache_is_kept_without_mode_and_owner(tmp_path: Path, rootfs: Path) -> None:

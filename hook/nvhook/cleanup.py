@@ -77,7 +77,12 @@ def poststop(path: str, state: State, warnings: list[str]) -> None:
     try:
         known = containers.read(state.id)
         # Two engines may give the same name to containers of their own.
-        if known and known.bundle == state.bundle:
+        if not known or known.bundle != state.bundle:
+            return
+        if not known.has_ended():
+            # With `runc --root` one id and bundle can be those of two containers, and this is the other one's end.
+            warnings.append(f"container `{state.id}` runs: nothing of it is removed")
+        else:
             with container_dir.Lock(containers, known.root) as lock:
                 if known.is_there():  # or else another one's poststop has done this for us
                     _end(lock, known, warnings)

@@ -40,6 +40,7 @@ _CONTAINER, _TRACES, _CACHE = "container.json", "traces.json", "ld.so.cache"
 _MAX_FILE = 4 << 20
 _MAX_ID = 255  # NAME_MAX; engines use 64 and containerd allows 76
 _SWEEP_EVERY, _SWEPT = 8, 32  # one start of eight looks at so many directories: a start is not held up
+_END_SECONDS = 1
 _LOCK_SECONDS = 10  # what is done under it takes milliseconds, or ldconfig's time
 _IN_DOUBT = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO)
 _ID_CHARACTERS = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_+-.")
@@ -143,8 +144,19 @@ class ContainerDirectory:
             pass
         try:
             return self._containers.start_of(pid) != start
+        except ProcessLookupError:
+            return True  # it has ended since the kill above
         except FileNotFoundError:
             return False  # hidepid of /proc, and we have given up CAP_SYS_PTRACE
+
+    def has_ended(self) -> bool:
+        """The same for a container that is being deleted: its process may need a moment to end."""
+        end = time.monotonic() + _END_SECONDS
+        while not self.is_over():
+            if time.monotonic() > end:
+                return False
+            time.sleep(0.005)
+        return True
 
     def has_root(self) -> bool:
         """Whether the root filesystem is still what the host reaches by its path."""
@@ -277,14 +289,16 @@ class Lock:
         """
         check_id(state.id)
         since = time.clock_gettime_ns(time.CLOCK_BOOTTIME)
+        start = process_start(os.open("stat", os.O_RDONLY | os.O_CLOEXEC, dir_fd=container.proc))
+        pid_and_start = (state.pid, start)
         document = {
             "bundle": state.bundle,
             "rootfs": container.rootfs,
             "root": self._root.describe(),
-            "process": [state.pid, process_start(os.open("stat", os.O_RDONLY | os.O_CLOEXEC, dir_fd=container.proc))],
+            "process": pid_and_start,
             "since": since,
         }
-        self._clear_former(state, warnings)
+        self._clear_former(state, pid_and_start, warnings)
         if since % _SWEEP_EVERY == 0:
             self._sweep(state.id)
         fd = state_dir.make_private(self._containers.fd, state.id)
@@ -312,11 +326,11 @@ class Lock:
             finally:
                 other.close()
 
-    def _clear_former(self, state: State, warnings: list[str]) -> None:
+    def _clear_former(self, state: State, process: tuple[int, int], warnings: list[str]) -> None:
         """Remove what is there under this id, unless it is of the same bundle and root filesystem: such a container was
         started again without a poststop in between, and what it left is this one's to clean up."""
         former = self._containers.read(state.id)
-        if former and former.bundle != state.bundle and not former.is_over():
+        if former and former.process != process and not former.is_over():
             # Of two engines, or of one with two directories of its own (`runc --root`).
             raise FileExistsError(errno.EEXIST, f"a container of this id runs from the bundle `{former.bundle}`")
         if former and former.bundle == state.bundle and former.root == self._root:
@@ -383,7 +397,7 @@ def expect_none(others: Iterator[ContainerDirectory], container: Container, why:
 
 
 def _clear(containers: int, id: str) -> bool:  # noqa: A002 - OCI's name
-    """Remove what is there under the name `id`; False if there is nothing. Before nvhook 2 notes were single files."""
+    """Remove what is there under the name `id`; False if there is nothing. An earlier version kept a file for each."""
     try:
         status = os.stat(id, dir_fd=containers, follow_symlinks=False)
     except FileNotFoundError:

@@ -353,15 +353,19 @@ def test_nothing_can_be_noted_beside_another(
 # Two containers of one id
 
 
-@pytest.mark.parametrize("same", ["root filesystem", "nothing"])
+@pytest.mark.parametrize("same", ["root filesystem", "bundle", "nothing"])
 def test_two_containers_of_one_id(shop: Workshop, config: Path, started: Callable[..., Running], same: str) -> None:
     """Each in a directory of the runtime's own, as those of two engines. A third one ends over the root filesystem of
     the first, and must know of it."""
     rootfs = shop.bundle().rootfs
     third = started(over(rootfs, shop))
     first = started(over(rootfs, shop))
-    bundle = over(rootfs if same == "root filesystem" else shop.bundle().rootfs, shop)
+    bundle = over(shop.bundle().rootfs if same == "nothing" else rootfs, shop)
     bundle.id = first.bundle.id
+    if same == "bundle":
+        bundle.directory = first.bundle.directory
+        bundle.config["linux"]["cgroupsPath"] += "-second"
+        bundle.write()
     second = started(bundle, "--root", str(shop.new("root")))
     if same == "nothing":
         assert second.first == BOTH, second.errors.read_text()
