@@ -48,11 +48,11 @@ class Audit:
         "_file",
         "_log",
         "_program",
-        "_silent",
         "_socket",
         "asked",
         "chosen",
         "container",
+        "silent",
     )
 
     def __init__(
@@ -67,7 +67,7 @@ class Audit:
         self._config = config
         self._program = program
         self._log = log
-        self._silent = silent
+        self.silent = silent
         self._file = -1
         self._socket = -1
         self._described: Spec | None = None
@@ -125,7 +125,7 @@ class Audit:
         self._file = open_log(self._config.log_file)
 
     def _write(self, level: str, what: str, facts: dict[str, str]) -> None:
-        if (self._silent and level != "error") or level in _SILENT.get(self._config.log_level, ()):
+        if (self.silent and level != "error") or level in _SILENT.get(self._config.log_level, ()):
             return
         # In quotes, and on one line: no name that an image chose can pass for a fact.
         values = _shared_out({"container": self.container, **facts})

@@ -98,7 +98,8 @@ def serve(
         raise
     if trail:
         trail.grant()
-    if trail and ahead.made:  # without the wrapper no hook comes when the container's program runs
+    # Where the wrapper was, it has written a hook that does this when the container's program runs.
+    if trail and not trail.silent and ahead.made:
         ahead.made.keep()
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from containers import HOOK, Workshop
+from installed import Installed
 from nvhook import config as configuration
 from nvhook import kmods
 from nvhook.config import Config
@@ -123,7 +124,6 @@ def _no_root(rootfs: Path) -> None:
     [
         pytest.param(("/nowhere",), None, id="no-program"),
         pytest.param(("/etc",), None, id="program-that-is-a-directory"),
-        pytest.param(("/bin/true",), _no_root, id="no-root-filesystem"),
         pytest.param(("/bin/true",), lambda rootfs: (rootfs / "proc").rmdir() or (rootfs / "proc").touch(), id="mount"),
         pytest.param(("/bin/true",), _no_library_directory, id="hook"),
     ],
@@ -131,6 +131,15 @@ def _no_root(rootfs: Path) -> None:
 def test_start_that_fails_leaves_nothing(host: Host, words: tuple[str, ...], damage: Callable[[Path], object]) -> None:
     status, _ = host.run(_channels(64), *words, damage=damage)
     assert status != 0
+    assert host.left() == set()
+
+
+def test_runtime_that_calls_no_hook_leaves_nothing(host: Host, installed: Installed) -> None:
+    """Then the process that prepares the start does it, when the low-level runtime has ended."""
+    bundle = host.shop.bundle()
+    bundle.write(["/bin/true"], {"NVIDIA_VISIBLE_DEVICES": "all", CHANNELS: _channels(64)})
+    _no_root(bundle.rootfs)
+    assert bundle.run(host.config, wrapper=installed.wrapper).returncode != 0
     assert host.left() == set()
 
 
