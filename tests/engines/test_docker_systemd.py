@@ -29,6 +29,7 @@ LOOK = TRY + "\n".join([*(f"try {node}" for node in NODES), "nvidia-smi -L"])
 SETTINGS = {
     "bridge": "none",
     "exec-opts": ["native.cgroupdriver=systemd"],
+    "ip-forward": False,  # /proc/sys is read-only in there, and a machine that forwards nothing would fail
     "ip6tables": False,
     "iptables": False,
     "live-restore": True,
