@@ -26,7 +26,7 @@ from __future__ import annotations
 # Bytes that a line of ours takes as a string in JSON, the larger of its two forms. With level and time it is an entry
 # of less than 8 KiB.
 MAX_LINE = 8000
-_MAX_MESSAGE, _MAX_HINT = 2000, 900  # so that an error is whole where it is part of another line
+_MAX_MESSAGE, _MAX_HINT = 6400, 900  # together less than MAX_LINE, so that the remedy is never what is cut
 _LONGEST_ESCAPE = len("\\U0010ffff")
 
 
