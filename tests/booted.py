@@ -132,8 +132,8 @@ class Booted:
 
     def end(self) -> None:
         self._init.kill()  # --kill-child: everything in there goes with it
-        self._init.wait(20)
-        wait("its control groups are empty", self._is_empty, 20)
+        self._init.wait(120)
+        wait("its control groups are empty", self._is_empty, 120)
         for directory, _, _ in os.walk(self._group, topdown=False):
             os.rmdir(directory)
 

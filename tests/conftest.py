@@ -71,6 +71,16 @@ def shop(simhost: Callable[[str], Path]) -> Iterator[Workshop]:
         yield Workshop(Path(name), simhost)
 
 
+@pytest.fixture
+def closed_descriptors() -> Iterator[None]:
+    """What a test opens and leaves, as a short-lived hook does, is closed: one process runs thousands of tests."""
+    before = set(os.listdir("/proc/self/fd"))
+    yield
+    for name in set(os.listdir("/proc/self/fd")) - before:
+        with contextlib.suppress(OSError):  # that of the listing itself
+            os.close(int(name))
+
+
 @pytest.fixture(scope="session")
 def installation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Installed]:
     made = Installed(tmp_path_factory.mktemp("installed"))

@@ -24,6 +24,7 @@ from nvhook.linux import identity, kernel
 from nvhook.linux.root import DIRECTORY, Root
 from nvhook.spec import State
 
+pytestmark = pytest.mark.usefixtures("closed_descriptors")
 NAME = "a-container"
 
 

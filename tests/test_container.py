@@ -18,6 +18,7 @@ from nvhook.errors import ContainerError
 from nvhook.linux import kernel, mountinfo
 from nvhook.linux.root import DIRECTORY, Root
 
+pytestmark = pytest.mark.usefixtures("closed_descriptors")
 TRIPLET = f"{os.uname().machine}-linux-gnu"
 MULTIARCH = (f"/usr/lib/{TRIPLET}", "/usr/lib/i386-linux-gnu")
 MS_SHARED = 1 << 20

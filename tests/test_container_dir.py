@@ -22,7 +22,7 @@ from nvhook.linux.root import DIRECTORY
 from nvhook.spec import State
 from test_cleanup import container
 
-pytestmark = pytest.mark.root
+pytestmark = [pytest.mark.root, pytest.mark.usefixtures("closed_descriptors")]
 
 
 @pytest.fixture

@@ -159,7 +159,7 @@ def _version(machine: Booted) -> str:
 def test_new_linker_cache_makes_the_inventory_anew(watching: Booted) -> None:
     assert _version(watching) == ""
     _change_the_cache(watching)
-    wait("the inventory is made", lambda: _version(watching) == VERSION, 20)
+    wait("the inventory is made", lambda: _version(watching) == VERSION, 120)
     assert watching.here("readlink", "/dev/char/195:0", "/dev/char/511:0") == "../nvidia0\n../nvidia-uvm\n"
 
 
@@ -168,8 +168,8 @@ def test_an_upgrade_of_many_steps(watching: Booted) -> None:
     for _ in range(8):
         watching.shell(f"rm -f {INVENTORY}")
         _change_the_cache(watching)
-        wait("the inventory is made", lambda: _version(watching) == VERSION, 20)
-        wait("the service is over", lambda: _is_over(watching), 20)
+        wait("the inventory is made", lambda: _version(watching) == VERSION, 120)
+        wait("the service is over", lambda: _is_over(watching), 120)
 
 
 def test_libraries_of_another_driver(watching: Booted) -> None:
@@ -183,7 +183,7 @@ def test_libraries_of_another_driver(watching: Booted) -> None:
     finally:
         watching.shell(f"cp /run/version {path}")
     _change_the_cache(watching)
-    wait("the inventory is made", lambda: _version(watching) == VERSION, 20)
+    wait("the inventory is made", lambda: _version(watching) == VERSION, 120)
 
 
 def test_driver_root_below_home(watching: Booted) -> None:

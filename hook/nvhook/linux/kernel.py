@@ -17,7 +17,6 @@ import struct
 
 _X86_64 = os.uname().machine == "x86_64"
 _NR_MADVISE = 28 if _X86_64 else 233
-_NR_FSTATFS = 138 if _X86_64 else 44
 _NR_PRCTL = 157 if _X86_64 else 167
 _NR_SOCKET = 41 if _X86_64 else 198
 _NR_CONNECT = 42 if _X86_64 else 203
@@ -149,6 +148,7 @@ class _Function(_ctypes.CFuncPtr):
 
 _LIBC = _ctypes.dlopen(None, 0)  # type: ignore[arg-type]
 _libc_syscall = _Function(_ctypes.dlsym(_LIBC, "syscall"))
+_libc_fstatfs = _Function(_ctypes.dlsym(_LIBC, "fstatfs"))
 
 
 def _syscall(number: int, *args: int | bytes | _ctypes.Array[_Char] | None, path: str | None = None) -> int:
@@ -162,10 +162,13 @@ def _syscall(number: int, *args: int | bytes | _ctypes.Array[_Char] | None, path
 
 def fstatfs(fd: int) -> int:
     """What kind of file system `fd` is on, as one of the *_SUPER_MAGIC. An O_PATH descriptor will do."""
-    buffer = (_Char * 120)()  # struct statfs, whose first member is f_type
-    _syscall(_NR_FSTATFS, fd, buffer)
-    kind: int = struct.unpack_from("=q", buffer)[0]
-    return kind
+    buffer = (_Char * 256)()  # struct statfs, whose first member is f_type
+    # The C library's function: the number of the call differs between machines, and `plan` is tested for others.
+    if _libc_fstatfs(_Long(fd), buffer) < 0:
+        errno = _ctypes.get_errno()
+        raise OSError(errno, os.strerror(errno))
+    (magic,) = struct.unpack_from("=q", bytes(buffer))
+    return int(magic)
 
 
 def openat2(dir_fd: int, path: str, flags: int, *, resolve: int, mode: int = 0) -> int:
