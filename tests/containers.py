@@ -263,6 +263,9 @@ def server_of(prefix: Path) -> Path:
     return Path(subprocess.run(["sh", "-euc", script], check=True, capture_output=True, text=True).stdout.strip())
 
 
+reserve_of = server_of  # what the scripts of the security review call it
+
+
 def configure(host: Path, path: Path, state: Path, *, runtime: str = "runc", more: str = "") -> Path:
     """A config.toml at `path` for the simulated host `host`, with a state directory and a runtime of one's own."""
     path.write_text(
