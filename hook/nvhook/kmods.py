@@ -117,7 +117,7 @@ def make_nodes(config: Config, nodes: Sequence[Device], warnings: list[str], sta
     """Make those of the driver's `nodes` that the host lacks, and the links by which systemd knows them.
 
     What is made stays, or is provisional where `start`, the container's id, says whose it is; that is the answer.
-    What cannot be made costs a warning: most need it not.
+    What cannot be made costs a warning: most containers work without it.
     """
     root = config.dev_root.rstrip("/")
     ours = [node for node in nodes if node.path.startswith("/dev/nvidia")]

@@ -157,7 +157,7 @@ def test_poststop_after_an_exchange(
 def test_same_id_and_bundle_with_another_image(
     shop: Workshop, config: Path, started: Callable[[Bundle], Running]
 ) -> None:
-    """The first one's poststop is lost; the next under its name is told, and the first image is left as it is."""
+    """The first one's poststop is lost. The next start under its name warns, and leaves the first image as it is."""
     first, second = shop.bundle(), shop.bundle()
     running = started(over(first.rootfs, shop))
     running.lose()

@@ -104,7 +104,7 @@ def test_huge_text_is_not_escaped_whole(monkeypatch: pytest.MonkeyPatch) -> None
     assert 0 < count < 3 * errors.MAX_LINE
 
 
-# The audit, the answer of the process that stands by
+# The audit
 
 
 @pytest.mark.parametrize("text", HUGE.values(), ids=HUGE)

@@ -281,7 +281,7 @@ def test_variable_of_an_image_is_not_added_to_injected_devices(tmp_path: Path, e
 def test_void_of_a_specification_without_hooks(tmp_path: Path) -> None:
     env = [*ALL, f"{DEVICES}=void"]
     assert _ask(tmp_path, _document({KEY: "nvidia.com/gpu=0"}, env, **NODES)) is None
-    # An image's own void, without nodes, takes nothing from who asks by annotation.
+    # An image's own `void`, without nodes, takes nothing from a container that asks by annotation.
     assert _ask(tmp_path, _document({KEY: "nvidia.com/gpu=0"}, env)) == ("0",)
 
 

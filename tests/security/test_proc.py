@@ -84,7 +84,7 @@ SWAPPED: dict[str, Callable[[Place, str], None]] = {
 
 
 def _in_own_mounts(work: Callable[[], None]) -> None:
-    """`work` in a child with a mount namespace of its own; what it raises is told."""
+    """`work` in a child with a mount namespace of its own; an exception in it fails the test."""
     reading, writing = os.pipe()
     child = os.fork()
     if child == 0:

@@ -236,7 +236,7 @@ def test_judge_sees_what_a_naive_program_does(settings: Path, tmp_path: Path) ->
     assert seen
 
 
-# The public shape of CVE-2026-24260: what create-symlinks and enable-cuda-compat looked at is exchanged before its use
+# The public shape of CVE-2026-24260: what the hooks create-symlinks and enable-cuda-compat have checked is exchanged
 
 COMPAT = "/usr/local/cuda/compat"
 # What is exchanged for a link to the host's canary, and what of that
