@@ -106,6 +106,15 @@ def test_what_others_may_have_written_is_not_believed(tmp_path: Path, rootfs: Pa
     assert (rootfs / "usr/lib/ours").exists()
 
 
+@pytest.mark.parametrize("pid", [0, -1, 1 << 31, 1 << 62, "1", 1.5, None], ids=repr)
+def test_number_that_is_no_process(tmp_path: Path, rootfs: Path, pid: object) -> None:
+    """kill(2) takes 0 and -1 for whole groups of processes, and Python none that is larger than an int of C's."""
+    register(tmp_path, rootfs, "web")
+    path = tmp_path / "state/containers/web/container.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "process": [pid, 1]}))
+    assert container_dir.Containers(str(tmp_path / "state")).read("web") is None
+
+
 @pytest.mark.parametrize("kind", ["link", "fifo", "directory"])
 def test_another_kind_of_file_is_not_read(tmp_path: Path, rootfs: Path, kind: str) -> None:
     register(tmp_path, rootfs, "web")

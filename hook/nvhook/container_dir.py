@@ -130,7 +130,7 @@ class ContainerDirectory:
         self.rootfs = _text(document["rootfs"])
         self.root = identity.parse(document["root"])
         pid, start = document["process"]
-        self.process = _number(pid), _number(start)
+        self.process = _number(pid, 1, (1 << 31) - 1), _number(start, -1)
         self.since = _number(document["since"])
 
     def is_over(self) -> bool:
@@ -441,8 +441,8 @@ def process_start(fd: int) -> int:
     return -1 if is_over else int(fields[19])
 
 
-def _number(value: object) -> int:
-    if type(value) is not int or not -1 <= value < 1 << 63:
+def _number(value: object, least: int = 0, most: int = (1 << 63) - 1) -> int:
+    if type(value) is not int or not least <= value <= most:
         raise ValueError("not a number that we write")
     return value
 

@@ -114,7 +114,7 @@ def _file(name: str, content: bytes) -> Path:
 )
 def lines(value: tuple[str, int, int]) -> None:
     text, most, times = value
-    text = (text * times)[: 1 << 20]
+    text = text[: (1 << 20) // times] * times
     line = errors.one_line(text, most)
     assert line.isprintable()
     assert len(quickjson.dumps(line)) <= most + 2
