@@ -378,18 +378,8 @@ def _keep(path: str, document: Json, warnings: list[str], otherwise: str) -> Non
 def _replace(path: str, content: bytes) -> None:
     directory = state_dir.open_directory(os.path.dirname(path))
     name = os.path.basename(path)
-    # Several containers may start at once with nothing kept yet: each writes its own file, the last one stays.
-    beside = f"{name}.{os.getpid()}"
     try:
-        files.clear(beside, directory)  # of a process that was killed, and whose number is now ours
-        fd = os.open(beside, files.NEW, 0o644, dir_fd=directory)
-        try:
-            with open(fd, "wb") as file:
-                os.fchmod(fd, 0o644)  # whatever the engine's umask: a container's other users read some of them
-                file.write(content)
-            os.rename(beside, name, src_dir_fd=directory, dst_dir_fd=directory)
-        except OSError:
-            os.unlink(beside, dir_fd=directory)
-            raise
+        # Several containers may start at once with nothing kept yet: each writes its own file, the last one stays.
+        files.replace(content, directory, name, f"{name}.{os.getpid()}")
     finally:
         os.close(directory)

@@ -10,38 +10,47 @@ import errno
 import os
 import stat
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
 NEW = os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_WRONLY | os.O_CLOEXEC
 
 
-def replace(content: bytes, directory: int, name: str) -> None:
-    """Put a file with `content` in the place of `name`, readable for everybody, its owner that of the directory."""
-    beside = beside_of(name)
-    clear(beside, directory)
-    fd = os.open(beside, NEW, 0o644, dir_fd=directory)
-    try:
+def replace(content: bytes, directory: int, name: str, beside: str = "") -> None:
+    """Put a file with `content` in the place of `name`, readable for everybody, its owner that of the directory.
+
+    `beside` is the name under which it is written, where beside_of's may be that of another process.
+    """
+
+    def fill(fd: int) -> None:
         write(fd, content)
         status = os.fstat(directory)
         os.fchmod(fd, 0o644)  # whatever the umask
         if os.fstat(fd).st_uid != status.st_uid:
             os.fchown(fd, status.st_uid, status.st_gid)
-        os.rename(beside, name, src_dir_fd=directory, dst_dir_fd=directory)
-    except OSError:
-        os.unlink(beside, dir_fd=directory)
-        raise
-    finally:
-        os.close(fd)
+
+    _put(fill, directory, name, beside or beside_of(name))
 
 
 def restore(source: int, directory: int, name: str, owner: tuple[int, int], mode: int, mtime: int) -> None:
     """Put a copy of the file `source` in the place of `name`, with this owner (uid, gid), mode and mtime in ns."""
-    beside = beside_of(name)
-    clear(beside, directory)
-    fd = os.open(beside, NEW, 0o600, dir_fd=directory)
-    try:
+
+    def fill(fd: int) -> None:
         copy(source, fd)
         os.fchown(fd, *owner)
         os.fchmod(fd, mode)
         os.utime(fd, ns=(mtime, mtime))
+
+    _put(fill, directory, name, beside_of(name))
+
+
+def _put(fill: Callable[[int], None], directory: int, name: str, beside: str) -> None:
+    """A new file, with what `fill` writes to it, in the place of `name`."""
+    clear(beside, directory)
+    fd = os.open(beside, NEW, 0o600, dir_fd=directory)
+    try:
+        fill(fd)
         os.rename(beside, name, src_dir_fd=directory, dst_dir_fd=directory)
     except OSError:
         clear(beside, directory)
