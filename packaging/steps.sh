@@ -84,7 +84,7 @@ after_install() {
     compile
     end_server "$(server_of /usr)"
     warn_of_others /usr/bin
-    /usr/bin/nvhook refresh || : # no driver, or one that is half installed, is told
+    /usr/bin/nvhook refresh || : # it says so where there is no driver, or half of one
     if [ -d /run/systemd/system ]; then
         systemctl daemon-reload || :
         if [ -z "$1" ]; then

@@ -140,7 +140,7 @@ def test_error_is_the_hooks(between: Callable[[str], Between], shop: Workshop) -
 
 
 def test_error_that_was_found_ahead(between: Callable[[str], Between], shop: Workshop) -> None:
-    """It is told when the hook asks, in the hook's words."""
+    """The hook reports it, in the words that it uses without the server."""
     bundle = shop.bundle()
     (bundle.rootfs / "etc/ld.so.cache").unlink()
     shutil.rmtree(bundle.rootfs / "usr/lib" / containers.TRIPLET)

@@ -310,7 +310,7 @@ def _mtime(path: Path) -> int:
 
 @pytest.mark.parametrize("somebody", [False, True], ids=["untouched", "written-to-by-the-container"])
 def test_clean_gives_a_directory_its_time_back(tmp_path: Path, rootfs: Path, somebody: bool) -> None:
-    """Who asks whether a linker cache is older than its directories shall find it as the image had it."""
+    """Programs compare the linker cache's mtime with those of its directories, so a clean-up restores these too."""
     library = rootfs / "usr/lib"
     os.utime(library, ns=(0, 1_000_000_007))
     (library / "libcuda.so.1.2").touch()

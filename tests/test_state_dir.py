@@ -29,7 +29,7 @@ def _mode(path: Path) -> int:
 
 @pytest.mark.usefixtures("umask")
 def test_every_level_has_the_mode_that_was_meant(tmp_path: Path) -> None:
-    """An engine's umask may be anything. os.makedirs gives parents 0777 less the umask, whatever mode it is told."""
+    """An engine's umask may be anything. os.makedirs makes parents with 0777 less the umask and ignores its `mode`."""
     state = tmp_path / "a/b/nvhook"
     os.close(state_dir.open_directory(str(state), "containers", "name"))
     levels = [state.parent.parent, state.parent, state, state / "containers", state / "containers/name"]
