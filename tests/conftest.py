@@ -10,6 +10,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 
@@ -29,7 +30,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         cannot("needs real root: device nodes, mounts and namespaces")
 
 
-def cannot(reason: str) -> None:
+def cannot(reason: str) -> NoReturn:
     """Skip a test on a machine that lacks something; a CI machine has to have it."""
     if "CI" in os.environ:
         pytest.fail(f"{reason}, and CI has to run it", pytrace=False)

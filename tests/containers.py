@@ -257,6 +257,23 @@ def why_not(runtime: str, through: tuple[str, ...], options: tuple[str, ...] = (
     return lines[-1] if result.returncode else ""
 
 
+@functools.cache
+def way_of_crun() -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """(hierarchy, options) under which crun starts a container on this machine. LookupError, with the reason."""
+    said = ""
+    for version in (1, 2):
+        try:
+            through = cgroups(version)
+        except LookupError as error:
+            said = str(error)
+            continue
+        for options in ((), ("--cgroup-manager=disabled",)):
+            said = why_not("crun", through, options)
+            if not said:
+                return through, options
+    raise LookupError(f"crun starts no container on this machine: {said}")
+
+
 def server_of(prefix: Path) -> Path:
     """The directory of an installation's server."""
     script = f". {REPOSITORY}/packaging/steps.sh; server_of {prefix}"

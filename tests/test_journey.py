@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 
 import containers
+from conftest import cannot
 from containers import HOOK, TRIPLET, TRY, Bundle, Workshop, gpu_lines, tree
 from simhost import description, elfwriter
 from simhost.compiler import Compiler
@@ -1003,17 +1004,11 @@ def test_wrapper_installed(shop: Workshop, installed: Path) -> None:
 @pytest.fixture(scope="module")
 def crun() -> tuple[tuple[str, ...], tuple[str, ...], bool]:
     """(hierarchy, options, whether devices are limited) under which crun starts a container on this machine."""
-    said = ""
-    for version in (1, 2):
-        try:
-            through = containers.cgroups(version)
-        except LookupError:
-            continue
-        for options in ((), ("--cgroup-manager=disabled",)):
-            said = containers.why_not("crun", through, options)
-            if not said:
-                return through, options, not options
-    pytest.skip(f"crun starts no container on this machine: {said}")
+    try:
+        through, options = containers.way_of_crun()
+    except LookupError as error:
+        cannot(str(error))
+    return through, options, not options
 
 
 def test_crun(shop: Workshop, crun: tuple[tuple[str, ...], tuple[str, ...], bool]) -> None:
