@@ -219,19 +219,20 @@ def test_road_of_the_wrapper_with_a_request(proc: Path) -> None:
 
 _HOOK_ROAD = """
 from nvhook import audit, config, prestart, spec
-from nvhook.container import Layout
+from nvhook import request
 from nvhook.linux.root import DIRECTORY, Root
-class Container:
-    layout = Layout("/usr/lib64", "/usr/lib32")
-    root = Root(os.open(sys.argv[3], DIRECTORY))
+from nvhook.start import Start
 described = spec.parse(spec.read_config(sys.argv[3])[0], sys.argv[3])
 settings = config.load(sys.argv[2])
 trail = audit.Audit(settings, "hook")
 warnings = []
-asked = trail.read(described, warnings)
+asked = request.read(described, settings, warnings)
+trail.begin(asked)
 if asked:
-    prestart.prepare(settings, asked, Container.root, Container.layout, warnings, start="name")
-    trail.grant()
+    start = Start(settings, described, asked, "name", warnings)
+    start.choose()
+    prestart.prepare(start, Root(os.open(sys.argv[3], DIRECTORY)))
+    trail.grant(start.chosen)
 assert not warnings, warnings
 names()
 """

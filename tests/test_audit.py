@@ -17,7 +17,7 @@ import pytest
 
 from containers import HOOK, WRAPPER, Workshop, configure
 from installed import Installed
-from nvhook import audit, config, spec
+from nvhook import audit, config, request, spec
 from nvhook.errors import RequestError
 from nvhook.gpus import Gpu, Selection
 from nvhook.mig import MigDevice
@@ -74,6 +74,14 @@ def host(tmp_path: Path) -> Iterator[Host]:
     found.syslog.close()
 
 
+def _begin(trail: audit.Audit, described: spec.Spec) -> list[str]:
+    """As the hook does it; what the policy has dropped."""
+    dropped: list[str] = []
+    trail.spec = described
+    trail.begin(request.read(described, trail._config, dropped), dropped)
+    return dropped
+
+
 def _spec(env: dict[str, str], **more: object) -> spec.Spec:
     known = {"mounts": [], "annotations": {}, "privileged": False, "rootfs": "/", "device_rules": []}
     return spec.Spec(env=env, **{**known, **more})  # type: ignore[arg-type]
@@ -82,9 +90,8 @@ def _spec(env: dict[str, str], **more: object) -> spec.Spec:
 def test_grant(host: Host) -> None:
     trail = audit.Audit(host.config(), "hook", "a-container")
     env = {**ALL, "NVIDIA_GDS": "enabled", "NVIDIA_IMEX_CHANNELS": "7,9", "NVIDIA_MIG_CONFIG_DEVICES": "all"}
-    trail.read(_spec(env, privileged=True), [])
-    trail.chosen = Selection(GPUS, [MigDevice(GPUS[0], 7, 0), MigDevice(GPUS[1], 1, 0, 3, "MIG-5a")])
-    trail.grant()
+    _begin(trail, _spec(env, privileged=True))
+    trail.grant(Selection(GPUS, [MigDevice(GPUS[0], 7, 0), MigDevice(GPUS[1], 1, 0, 3, "MIG-5a")]))
     line = (
         'GPUs granted: container="a-container" asked_by="NVIDIA_VISIBLE_DEVICES" gpus="0 (GPU-aa), 2 (GPU-bb)" '
         'migs="MIG-GPU-aa/7/0, 2:3 (MIG-5a)" capabilities="compute, utility" imex_channels="7, 9" features="gds" '
@@ -119,10 +126,9 @@ def test_grant(host: Host) -> None:
 )
 def test_who_asked(host: Host, described: spec.Spec, text: str, origin: str) -> None:
     trail = audit.Audit(host.config(text), "hook", "name")
-    trail.read(described, [])
+    _begin(trail, described)
     trail.refuse("device error: there are none")
-    trail.chosen = Selection(GPUS, [])
-    trail.grant()
+    trail.grant(Selection(GPUS, []))
     refused, granted = host.told()
     assert (
         refused == f'<83> hook: GPUs refused: container="name" asked_by="{origin}" why="device error: there are none"'
@@ -133,7 +139,7 @@ def test_who_asked(host: Host, described: spec.Spec, text: str, origin: str) -> 
 def test_refusal_of_a_request_that_is_none(host: Host) -> None:
     trail = audit.Audit(host.config(), "hook", "name")
     with pytest.raises(RequestError) as raised:
-        trail.read(_spec({**ALL, "NVIDIA_DRIVER_CAPABILITIES": "cuda"}), [])
+        _begin(trail, _spec({**ALL, "NVIDIA_DRIVER_CAPABILITIES": "cuda"}))
     trail.refuse(str(raised.value))
     (line,) = host.told()
     assert line.startswith('<83> hook: GPUs refused: container="name" asked_by="NVIDIA_VISIBLE_DEVICES" why="request')
@@ -141,10 +147,7 @@ def test_refusal_of_a_request_that_is_none(host: Host) -> None:
 
 def test_refusal_by_policy(host: Host) -> None:
     trail = audit.Audit(host.config("accept-nvidia-visible-devices-envvar-when-unprivileged = false"), "hook", "name")
-    warnings: list[str] = []
-    assert trail.read(_spec(ALL), warnings) is None
-    assert len(warnings) == 1
-    trail.grant()
+    assert len(_begin(trail, _spec(ALL))) == 1
     (line,) = host.told()
     assert line.startswith('<84> hook: GPUs refused: container="name" asked_by="NVIDIA_VISIBLE_DEVICES" why="NVIDIA_')
 
@@ -152,16 +155,14 @@ def test_refusal_by_policy(host: Host) -> None:
 def test_nothing_of_who_asks_for_nothing(host: Host) -> None:
     trail = audit.Audit(host.config(), "hook", "name")
     trail.refuse("spec error: it cannot be read")
-    assert trail.read(_spec({}), []) is None
-    trail.grant()
+    assert _begin(trail, _spec({})) == []
     assert (host.told(), host.logged()) == ([], [])
 
 
 def test_silent(host: Host) -> None:
     trail = audit.Audit(host.config(), "hook", "name", silent=True)
-    trail.read(_spec(ALL), [])
-    trail.chosen = Selection(GPUS, [])
-    trail.grant()
+    _begin(trail, _spec(ALL))
+    trail.grant(Selection(GPUS, []))
     trail.refuse("by policy", "warning")
     assert (host.told(), host.logged()) == ([], [])
     trail.refuse("mount error: x")  # of who was granted, by another process, and does not start
@@ -173,9 +174,8 @@ def test_log_level(host: Host, level: str, expected: int) -> None:
     settings = host.config()
     settings.log_level = level
     trail = audit.Audit(settings, "hook", "name")
-    trail.read(_spec(ALL), [])
-    trail.chosen = Selection(GPUS, [])
-    trail.grant()
+    _begin(trail, _spec(ALL))
+    trail.grant(Selection(GPUS, []))
     trail.refuse("x", "warning")
     trail.refuse("x", "error")
     assert (len(host.told()), len(host.logged())) == (expected, expected)
@@ -186,7 +186,7 @@ FORGED = 'x" gpus="0 (GPU-all)"\nJan  1 00:00:00 host sshd[1]: \x1b[2J\u2028\u20
 
 def test_what_an_image_writes_is_no_fact_and_no_line(host: Host) -> None:
     trail = audit.Audit(host.config(), "hook", FORGED)
-    trail.read(_spec(ALL), [])
+    _begin(trail, _spec(ALL))
     trail.refuse(f"device error: unknown device `{FORGED}`")
     trail.refuse("y" * 100_000)
     for lines in (host.told(), host.logged()):
@@ -237,9 +237,8 @@ def test_place_that_cannot_be_written(host: Host, harm: Callable[[Host], None]) 
     harm(host)
     begin = time.monotonic()
     trail = audit.Audit(host.config(), "hook", "name")
-    trail.read(_spec(ALL), [])
-    trail.chosen = Selection(GPUS, [])
-    trail.grant()
+    _begin(trail, _spec(ALL))
+    trail.grant(Selection(GPUS, []))
     assert time.monotonic() - begin < 1
     if harm in (_pipe_for_a_file, _directory_for_a_file):
         assert len(host.told()) == 1
@@ -252,7 +251,7 @@ def test_path_of_a_socket_that_is_too_long(tmp_path: Path) -> None:
     (place / "dev").mkdir(parents=True)
     (place / "dev/log").touch()
     trail = audit.Audit(Host.config(_bare(place)), "hook", "name")
-    trail.read(_spec(ALL), [])
+    _begin(trail, _spec(ALL))
     trail.refuse("x")
     assert (place / "log").exists()
 

@@ -64,10 +64,10 @@ def _find(root: Path, request: Request, more: str = "") -> list[str]:
     """Nodes, then files: a file has to be the host's, by the same path."""
     config = _config(root, more)
     host = gpus.read(config.proc_root)
-    found = caps.find(config, request, gpus.select(request.devices, host, _asked_too_much), host)
-    assert [f"{root}{item.destination}" for item in found.data] == [item.path for item in found.data]
-    nodes = [f"{node.path} {node.major}:{node.minor} {node.owner[2]:o}" for node in found.nodes]
-    return nodes + [item.destination.removeprefix(f"{FILES}/") for item in found.data]
+    found, files = caps.find(config, request, gpus.select(request.devices, host, _asked_too_much), host)
+    assert [f"{root}{item.destination}" for item in files] == [item.path for item in files]
+    nodes = [f"{node.path} {node.major}:{node.minor} {node.owner[2]:o}" for node in found]
+    return nodes + [item.destination.removeprefix(f"{FILES}/") for item in files]
 
 
 def _fail(root: Path, request: Request, kind: type[NvhookError], more: str = "") -> str:
@@ -116,8 +116,8 @@ def test_find_belongs_to_root(root: Path) -> None:
     (root / "proc/driver/nvidia/params").write_text("DeviceFileUID: 5\nDeviceFileGID: 44\nDeviceFileMode: 432\n")
     config = _config(root)
     host = gpus.read(config.proc_root)
-    found = caps.find(config, _request("all", channels=(3,)), Selection([], mig.every(host)[:1]), host)
-    assert [node.owner for node in found.nodes] == [(0, 0, 0o444), (0, 0, 0o444), (5, 44, 0o660)]
+    nodes, _ = caps.find(config, _request("all", channels=(3,)), Selection([], mig.every(host)[:1]), host)
+    assert [node.owner for node in nodes] == [(0, 0, 0o444), (0, 0, 0o444), (5, 44, 0o660)]
 
 
 def test_find_with_a_driver_from_before_the_nodes(root: Path) -> None:
@@ -198,5 +198,4 @@ def test_channel_that_the_host_has_not(root: Path, there: str) -> None:
 
 def test_nothing_is_read_for_who_asks_for_nothing(tmp_path: Path) -> None:
     host = Gpus("580.1.2", [], {}, (0, 0, 0o666))
-    found = caps.find(_config(tmp_path), _request("none"), Selection([], []), host)
-    assert (found.nodes, found.data) == ([], [])
+    assert caps.find(_config(tmp_path), _request("none"), Selection([], []), host) == ([], [])

@@ -19,7 +19,6 @@ from containers import HOOK, REPOSITORY, TRY, WRAPPER, Bundle, Workshop, gpu_lin
 from nvhook import cdihook, config, gpus
 from nvhook.commands.cdi import specification as cdispec
 from nvhook.errors import SpecError
-from nvhook.request import Request
 from test_journey_mig import SHOW_PROC
 
 A100, MIG, WORKSTATION = "a100x2", "a100x8", "workstation"
@@ -113,7 +112,7 @@ def test_chosen_are_those_that_can_be_opened(
     simhost: Callable[[str], Path], nodes: set[str], chosen: list[int], migs: list[tuple[int, int]]
 ) -> None:
     settings = config.load(str(simhost(MIG) / "config.toml"))
-    found = cdihook.chosen(nodes, settings, Request((), ("compute",), (), ""), gpus.read(settings.proc_root))
+    found = cdihook.chosen(nodes, settings, gpus.read(settings.proc_root))
     assert chosen == [gpu.index for gpu in found.gpus]
     assert migs == [(item.gi, item.ci) for item in found.migs]
 

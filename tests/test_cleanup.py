@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 
 from nvhook import cleanup, container_dir
-from nvhook.container import Container, Layout
+from nvhook.container import Container
 from nvhook.linux import identity, kernel
 from nvhook.linux.root import DIRECTORY, Root
 from nvhook.spec import State
@@ -44,7 +44,6 @@ def container(rootfs: Path, pid: int = 0) -> Container:
         namespace=-1,
         root=root,
         rootfs=str(rootfs),
-        layout=Layout("/usr/lib64", "/usr/lib32"),
         owner=(0, 0),
         in_userns=False,
         rootless=False,

@@ -10,7 +10,6 @@ import pytest
 from nvhook import cli, compat, config
 from nvhook.linux import kernel
 from nvhook.linux.root import DIRECTORY, Root
-from nvhook.request import Request
 
 COMPAT = "usr/local/cuda/compat"
 HOST = "550.163.01"
@@ -29,11 +28,10 @@ def _find(
     settings: Path = Path("/nonexistent"),
     driver: str = HOST,
 ) -> str:
-    request = Request(("all",), tuple(capabilities.split()), (), "")
     root = Root(os.open(rootfs, DIRECTORY))
     said: list[str] = []
     try:
-        return compat.find(config.load(str(settings)), request, root, driver, brands, said)
+        return compat.find(config.load(str(settings)), tuple(capabilities.split()), root, driver, brands, said)
     finally:
         os.close(root.fd)
         assert said == (warnings or [])

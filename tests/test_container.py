@@ -153,7 +153,7 @@ def test_find(tmp_path: Path, name: str) -> None:
             assert container.rootfs == str(rootfs)
             assert os.path.samestat(os.fstat(container.root.fd), rootfs.stat())
             assert (container.uid, container.gid, container.in_userns, container.rootless) == (0, 0, False, False)
-            assert container.layout.libraries == "/usr/lib64"
+            assert layout(container.root).libraries == "/usr/lib64"
             assert os.readlink("cwd", dir_fd=container.proc) == os.getcwd()
 
 
@@ -165,7 +165,7 @@ def test_find_sees_what_is_mounted_in_the_container_alone(rootfs: Path) -> None:
         (rootfs / "etc/debian_version").touch()
 
     with process(_mounted(rootfs, image)) as pid:
-        assert find(pid, str(rootfs)).layout.libraries == MULTIARCH[0]
+        assert layout(find(pid, str(rootfs)).root).libraries == MULTIARCH[0]
     assert os.listdir(rootfs) == ["usr"]
 
 
@@ -363,7 +363,7 @@ def test_here(rootfs: Path) -> None:
         assert os.path.samestat(os.stat("/proc/self/ns/mnt"), namespace)
         assert os.path.samestat(os.fstat(container.root.fd), rootfs.stat())
         assert (container.uid, container.gid, container.in_userns, container.rootless) == (0, 0, False, False)
-        assert container.layout.libraries == "/usr/lib64"
+        assert layout(container.root).libraries == "/usr/lib64"
 
     elsewhere(ask)
 

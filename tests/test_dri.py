@@ -10,14 +10,13 @@ from pathlib import Path
 import pytest
 
 from nvhook import config as configuration
-from nvhook import dri
+from nvhook import dri, host
 from nvhook.config import Config
-from nvhook.gpus import Gpu
+from nvhook.gpus import Gpu, Gpus, Selection
 from nvhook.request import Request
 
 FIRST = Gpu(0, 0, "GPU-aa", "0000:07:00.0", "")
 SECOND = Gpu(1, 1, "GPU-bb", "0000:c1:00.0", "")
-DRAWS = Request(("all",), ("graphics",), (), "")
 
 
 @pytest.fixture
@@ -35,7 +34,7 @@ def _shown(top: Path, pci: str, **devices: str) -> None:
 
 
 def _find(config: Config, *chosen: Gpu) -> list[tuple[str, str, int, int, str]]:
-    return [(node.name, node.role, node.major, node.minor, node.pci) for node in dri.find(config, DRAWS, list(chosen))]
+    return [(node.name, node.role, node.major, node.minor, node.pci) for node in dri.find(config, list(chosen))]
 
 
 def test_nodes_by_address(tmp_path: Path, config: Config) -> None:
@@ -72,10 +71,17 @@ def test_owner_is_that_of_the_hosts_node(tmp_path: Path, config: Config) -> None
     os.mknod(tmp_path / "dev/dri/card0", stat.S_IFCHR, os.makedev(226, 0))
     os.chown(tmp_path / "dev/dri/card0", 0, 44)
     (tmp_path / "dev/dri/card0").chmod(0o640)
-    assert [node.owner for node in dri.find(config, DRAWS, [FIRST])] == [(0, 44, 0o640), (0, 0, 0o660)]
+    assert [node.owner for node in dri.find(config, [FIRST])] == [(0, 44, 0o640), (0, 0, 0o660)]
 
 
-def test_none_for_who_does_not_draw(tmp_path: Path, config: Config) -> None:
+@pytest.mark.parametrize(
+    ("capabilities", "count"),
+    [(("compute", "utility", "video"), 0), (("display",), 1), (("graphics", "utility"), 1)],
+)
+def test_none_for_a_container_that_does_not_draw(
+    tmp_path: Path, config: Config, capabilities: tuple[str, ...], count: int
+) -> None:
     _shown(tmp_path, FIRST.pci, card0="226:0\n")
-    assert dri.find(config, Request(("all",), ("compute", "utility", "video"), (), ""), [FIRST]) == []
-    assert len(dri.find(config, Request(("all",), ("display",), (), ""), [FIRST])) == 1
+    asked = Request(("all",), capabilities, (), "")
+    found = host.now(config, asked, Selection([FIRST], []), Gpus("9.1", [FIRST], {}, (0, 0, 0o666)), [])
+    assert len(found.dri) == count

@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 from nvhook import config, edits
-from nvhook.container import Container, layout
+from nvhook.container import Container
 from nvhook.edits import Device, Edit, File, Mount, Symlink, Tmpfs
 from nvhook.errors import MountError, NvhookError
 from nvhook.linkercache import Ldcache
@@ -31,6 +31,11 @@ pytestmark = pytest.mark.root
 LIBRARIES = "/usr/lib64"
 LIBRARY = f"{LIBRARIES}/libx.so.1.2"
 OPTIONS = ("ro", "nosuid", "nodev")
+
+
+def _no_root() -> Root:
+    """What a mount does not look at."""
+    return Root(-1)
 
 
 class Place:
@@ -68,13 +73,14 @@ class Place:
             kernel.unshare(kernel.CLONE_NEWNS)
             kernel.mount("none", "/", None, kernel.MS_REC | kernel.MS_PRIVATE)
             settings = config.load("/nonexistent")
+            image = Root(os.open(self.root, DIRECTORY))
             for edit in wanted:
-                edit.prepare(settings)
+                edit.prepare(settings, image)
             kernel.mount(str(self.root), str(self.root), None, kernel.MS_BIND)
             container = self.container()
             try:
                 for edit in wanted:
-                    edit.examine(container)
+                    edit.prepare(settings, container.root, container)
                 edits.apply(wanted, container)
             except NvhookError as error:
                 return str(error)
@@ -91,7 +97,6 @@ class Place:
             namespace=-1,
             root=root,
             rootfs=str(self.root),
-            layout=layout(root),
             owner=(0, 0),
             in_userns=self.in_userns,
             rootless=False,
@@ -407,7 +412,7 @@ def test_source_that_has_become_something_else(place: Place, what: str, now: str
     source = place.directory / "source"
     source.touch() if now == "file" else _socket(source)
     with pytest.raises(edits.SourceGone):
-        Mount(str(source), "/usr/here", IPC, what).prepare(config.load("/nonexistent"))
+        Mount(str(source), "/usr/here", IPC, what).prepare(config.load("/nonexistent"), _no_root())
 
 
 PROC = "/proc/driver/nvidia"
@@ -965,4 +970,4 @@ def test_source_that_is_gone(place: Place, gone: str) -> None:
     elif gone == "below-a-file":
         path = f"{place.canary}/file/x"
     with pytest.raises((edits.SourceGone, MountError)):
-        Mount(path, LIBRARY, OPTIONS).prepare(config.load("/nonexistent"))
+        Mount(path, LIBRARY, OPTIONS).prepare(config.load("/nonexistent"), _no_root())

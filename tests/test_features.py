@@ -12,7 +12,6 @@ import pytest
 from nvhook import config as configuration
 from nvhook import features, request
 from nvhook.config import Config
-from nvhook.request import Request
 
 NODES = {
     "nvidia-fs0": (511, 0),
@@ -58,9 +57,9 @@ def dev(config: Config) -> None:
 def _find(config: Config, *names: str) -> tuple[list[str], list[str], list[str]]:
     """(nodes, files, warnings)"""
     warnings: list[str] = []
-    found = features.find(config, Request(("0",), (), (), "", features=names), warnings)
-    nodes = [f"{node.path} {node.major}:{node.minor}" for node in found.nodes]
-    return nodes, [f"{item.path} > {item.destination} {item.what}" for item in found.data], warnings
+    found, files = features.find(config, names, warnings)
+    nodes = [f"{node.path} {node.major}:{node.minor}" for node in found]
+    return nodes, [f"{item.path} > {item.destination} {item.what}" for item in files], warnings
 
 
 FS = ["/dev/nvidia-fs0 511:0", "/dev/nvidia-fs15 511:15", "/dev/nvidia-fsx 511:16"]
@@ -89,8 +88,8 @@ def test_nodes(config: Config, names: list[str], expected: list[str]) -> None:
 @pytest.mark.root
 @pytest.mark.usefixtures("dev")
 def test_nodes_have_the_hosts_owner(config: Config) -> None:
-    found = features.find(config, Request(("0",), (), (), "", features=("gdrcopy",)), [])
-    assert [node.owner for node in found.nodes] == [(0, 44, 0o660)]
+    nodes, _ = features.find(config, ("gdrcopy",), [])
+    assert [node.owner for node in nodes] == [(0, 44, 0o660)]
 
 
 def test_every_feature_has_nodes() -> None:

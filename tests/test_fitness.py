@@ -81,9 +81,9 @@ def _examine(
     root = Root(os.open(top, DIRECTORY))
     asked = Request(("all",), tuple(capabilities.split()), (), "", library_path=library_path)
     try:
-        findings = fitness.examine(
-            asked, Driver("9.1", driver or DRIVER, [], []), root, container.layout(root), compat, thorough=thorough
-        )
+        layout = container.layout(root)
+        layout.compat = compat
+        findings = fitness.examine(asked, Driver("9.1", driver or DRIVER, [], []), root, layout, thorough=thorough)
         return [f"{'' if item.is_grave else 'note: '}{item.what}; {item.hint}" for item in findings]
     finally:
         os.close(root.fd)
@@ -389,7 +389,7 @@ def test_check_warns_on_one_line(tmp_path: Path) -> None:
     asked = Request(("all",), ("compute",), (), "", library_path="/opt/\n\x1b[31m")
     warnings: list[str] = []
     layout = container.layout(root)
-    fitness.check(configuration.load("/nowhere"), asked, Driver("9.1", DRIVER, [], []), root, layout, "", warnings)
+    fitness.check(configuration.load("/nowhere"), asked, Driver("9.1", DRIVER, [], []), root, layout, warnings)
     assert len(warnings) == 1
     assert warnings[0].startswith(r"`/opt/\n\x1b[31m/libcuda.so.1` of the image is found before the driver's")
 
@@ -401,7 +401,7 @@ def test_check_is_an_error_if_strict(tmp_path: Path) -> None:
     asked = Request(("all",), ("compute",), (), "")
     driver = Driver("9.1", DRIVER, [], [])
     with pytest.raises(ContainerError, match=r"musl .*; take an image with glibc, .*, or set `nvhook.strict` to false"):
-        fitness.check(configuration.load(str(settings)), asked, driver, root, container.layout(root), "", [])
+        fitness.check(configuration.load(str(settings)), asked, driver, root, container.layout(root), [])
 
 
 @pytest.mark.root

@@ -14,11 +14,10 @@ from nvhook import config, host
 from nvhook.config import Config
 from nvhook.errors import DeviceError, DriverError
 from nvhook.gpus import Gpus
-from nvhook.request import Request
 
 
-def _asked(capabilities: str = "compute utility") -> Request:
-    return Request(("all",), tuple(capabilities.split()), (), "")
+def _asked(capabilities: str = "compute utility") -> tuple[str, ...]:
+    return tuple(capabilities.split())
 
 
 def _config(root: Path) -> Config:

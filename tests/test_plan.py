@@ -19,8 +19,8 @@ from nvhook.dri import DriNode
 from nvhook.driver import Binary, Driver, File, Library
 from nvhook.edits import Mount
 from nvhook.errors import DeviceError, DriverError
-from nvhook.extras import Data, Extras, Node
-from nvhook.gpus import Gpu, Gpus
+from nvhook.gpus import Gpu, Gpus, Selection
+from nvhook.offers import HostFile, HostNode, Offers
 from nvhook.procfs import DriverProc
 from nvhook.request import Request
 from nvhook.sockets import Socket
@@ -82,9 +82,11 @@ def _make(
     request = Request(("0",), tuple(capabilities.split()), (), "")
     driver = Driver("9.1", LIBRARIES if libraries is None else libraries, BINARIES, FILES)
     gpus = [GPU0] if chosen is None else chosen
-    edits = plan.make(
-        request, gpus, _gpus(majors), driver, layout, dri_nodes=DRI, sockets=SOCKETS, proc=proc, compat=compat
-    )
+    drawn = [gpu.pci for gpu in gpus if {"graphics", "display"} & set(request.capabilities)]
+    cards = [node for node in DRI if node.pci in drawn]
+    offers = Offers(_gpus(majors), dri=cards, sockets=SOCKETS, proc=proc)
+    place = Layout(layout.libraries, layout.libraries32, layout.binaries, compat)
+    edits = plan.make(request, Selection(gpus, []), offers, driver, place)
     return [_short(edit.describe()) for edit in edits]
 
 
@@ -114,7 +116,10 @@ PROC_OPTIONS = ["ro", "nosuid", "nodev", "noexec"]
 
 def _plan(capabilities: str, driver: Driver, gpus: Gpus | None = None) -> list[str]:
     request = Request(("all",), tuple(capabilities.split()), (), "")
-    return [_short(edit.describe()) for edit in plan.make(request, [], gpus or _gpus(), driver, DEBIAN)]
+    return [
+        _short(edit.describe())
+        for edit in plan.make(request, Selection([], []), Offers(gpus or _gpus()), driver, DEBIAN)
+    ]
 
 
 def test_file_for_32_bit_programs_with_compat32_alone() -> None:
@@ -363,7 +368,7 @@ def test_make_devices_of_majors(majors: dict[str, int], expected: list[str]) -> 
 
 
 def test_devices_have_the_owner_that_the_module_wants() -> None:
-    nodes = plan.devices(Request(("0",), ("utility",), (), ""), [GPU0], _gpus())
+    nodes = plan.devices(("utility",), [GPU0], Offers(_gpus()))
     assert [(node.uid, node.gid, node.mode) for node in nodes] == [(0, 44, 0o660)] * 2
     assert nodes[0].rule() == {"allow": True, "type": "c", "major": 195, "minor": 1, "access": "rw"}
 
@@ -378,21 +383,21 @@ def test_make_gbm_backend_for_who_draws(capabilities: str, links: int) -> None:
 
 
 def test_devices_of_dri_have_the_hosts_owner() -> None:
-    nodes = plan.devices(Request(("0",), ("graphics",), (), ""), [GPU0], _gpus(), DRI)
+    nodes = plan.devices(("graphics",), [GPU0], Offers(_gpus(), dri=DRI[:2]))
     expected = [("/dev/dri/card3", 0, 44, 0o660), ("/dev/dri/renderD130", 0, 105, 0o660)]
     assert expected == [(node.path, node.uid, node.gid, node.mode) for node in nodes if "dri" in node.path]
 
 
-def test_make_extras() -> None:
-    """Their mounts come before the nodes, and the nodes after the driver's, each in the order of the extras."""
-    first, second = Extras(), Extras()
-    first.nodes = [Node("/dev/nvidia-caps/nvidia-cap12", 236, 12, (0, 0, 0o444))]
-    first.data = [Data("/host/proc/access", "/proc/access")]
-    second.nodes = [Node("/dev/gdrdrv", 510, 0, (0, 44, 0o660))]
-    second.data = [Data("/host/run/udev", "/run/udev", "directory")]
-    request = Request(("0",), (), (), "")
+def test_make_what_else_the_host_has() -> None:
+    """Their mounts come before the nodes, and the nodes after the driver's, each in its order."""
+    nodes = [
+        HostNode("/dev/nvidia-caps/nvidia-cap12", 236, 12, (0, 0, 0o444)),
+        HostNode("/dev/gdrdrv", 510, 0, (0, 44, 0o660)),
+    ]
+    files = [HostFile("/host/proc/access", "/proc/access"), HostFile("/host/run/udev", "/run/udev", "directory")]
+    offers = Offers(_gpus(), nodes=nodes, files=files)
     driver = Driver("9.1", [], [], [])
-    edits = plan.make(request, [GPU0], _gpus(), driver, DEBIAN, extras=[first, second])
+    edits = plan.make(Request(("0",), (), (), ""), Selection([GPU0], []), offers, driver, DEBIAN)
     assert [_short(edit.describe()) for edit in edits] == [
         "/host/proc/access > /proc/access",
         "/host/run/udev > /run/udev",
@@ -402,8 +407,8 @@ def test_make_extras() -> None:
         "/dev/gdrdrv 510:0 rw",
     ]
     assert [edit.what for edit in edits if isinstance(edit, Mount)] == ["file", "directory"]
-    nodes = plan.devices(request, [GPU0], _gpus(), extras=[first, second])
-    assert [(node.uid, node.gid, node.mode) for node in nodes[-2:]] == [(0, 0, 0o444), (0, 44, 0o660)]
+    made = plan.devices((), [GPU0], offers)
+    assert [(node.uid, node.gid, node.mode) for node in made[-2:]] == [(0, 0, 0o444), (0, 44, 0o660)]
 
 
 @pytest.mark.parametrize("capabilities", ["compute", "video"])

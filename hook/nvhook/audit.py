@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import os
 
-from . import quickjson, request
+from . import quickjson
 from .errors import MAX_LINE, one_line
+from .request import origin as origin_of
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Sequence
 
     from .config import Config
     from .gpus import Selection
@@ -36,24 +37,13 @@ _MAX_VALUES = MAX_LINE // 2 - 400
 
 
 class Audit:
-    """Lines about one container. `container` is its id; `chosen` what it gets, once that is known.
+    """Lines about one container. `container` is its id, `spec` its config.json, once they are known.
 
     log      writes a line with its level to more files than that of config.toml, in its place
     silent   somebody else has written who gets what, and only an error that stops the start is left to write
     """
 
-    __slots__ = (
-        "_config",
-        "_described",
-        "_file",
-        "_log",
-        "_program",
-        "_socket",
-        "asked",
-        "chosen",
-        "container",
-        "silent",
-    )
+    __slots__ = ("_config", "_file", "_log", "_program", "_request", "_socket", "container", "silent", "spec")
 
     def __init__(
         self,
@@ -70,49 +60,41 @@ class Audit:
         self.silent = silent
         self._file = -1
         self._socket = -1
-        self._described: Spec | None = None
+        self._request: Request | None = None
         self.container = container
-        self.asked: Request | None = None
-        self.chosen: Selection | None = None
+        self.spec: Spec | None = None
 
-    def read(self, described: Spec, warnings: list[str]) -> Request | None:
-        """request.read, and a line for what the policy drops. The files are open from then on, for when another mount
-        namespace has been entered."""
-        self._described = described
-        before = len(warnings)
-        self.asked = request.read(described, self._config, warnings)
-        if self.asked or warnings[before:]:
+    def begin(self, request: Request | None, dropped: Sequence[str] = ()) -> None:
+        """What the container asks for, and a line for each request that the policy has `dropped`. The files are open
+        from then on, for when another mount namespace has been entered."""
+        self._request = request
+        if request or dropped:
             self._open()
-        for warning in warnings[before:]:
-            self.refuse(warning, "warning")
-        return self.asked
+        for why in dropped:
+            self.refuse(why, "warning")
 
-    def expect(self, asked: Request) -> None:
-        """For who makes the request himself. The files are open from then on, as after `read`."""
-        self.asked = asked
-        self._open()
-
-    def grant(self) -> None:
-        if not self.asked or not self.chosen:
-            return
-        asked, gpus = self.asked, [f"{gpu.index} ({gpu.uuid})" for gpu in self.chosen.gpus]
+    def grant(self, chosen: Selection) -> None:
+        """The container of the request has got these."""
+        request = self._request
+        assert request is not None, "begin() comes first"
+        gpus = [f"{gpu.index} ({gpu.uuid})" for gpu in chosen.gpus]
         facts: dict[str, Iterable[object]] = {
-            "asked_by": [asked.origin],
-            "gpus": gpus or asked.devices,  # WSL 2 shows none, and has all; `none` is the driver alone
-            "migs": self.chosen.migs,
-            "capabilities": asked.capabilities,
-            "imex_channels": asked.imex_channels,
-            "features": asked.features,
-            "mig_rights": asked.mig_rights,
+            "asked_by": [request.origin],
+            "gpus": gpus or request.devices,  # WSL 2 shows none, and has all; `none` is the driver alone
+            "migs": chosen.migs,
+            "capabilities": request.capabilities,
+            "imex_channels": request.imex_channels,
+            "features": request.features,
+            "mig_rights": request.mig_rights,
         }
         self._write("info", "granted", {name: ", ".join(map(str, values)) for name, values in facts.items()})
 
     def refuse(self, why: str, level: str = "error") -> None:
         """Nothing is written of a container that asks for nothing."""
-        if self.asked:
-            origin = self.asked.origin
-        elif self._described:
-            origin = request.origin(self._described, self._config)
+        if self._request:
+            origin = self._request.origin
+        elif self.spec:
+            origin = origin_of(self.spec, self._config)
         else:
             return
         self._open()

@@ -13,67 +13,87 @@ import stat
 
 from . import mig
 from .errors import DeviceError, RequestError
-from .extras import Data, Extras, Node
 from .gpus import imex_channel_count, information, number
+from .offers import HostFile, HostNode
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from .config import Config
     from .gpus import Gpus, Selection
+    from .mig import MigDevice
     from .request import Request
 
 _FILES = "/proc/driver/nvidia/capabilities"
 _CHANNELS = "nvidia-caps-imex-channels"  # the name of the driver in /proc/devices, and of its directory in /dev
 
 
-def find(config: Config, request: Request, chosen: Selection, host: Gpus) -> Extras:
+def find(config: Config, request: Request, chosen: Selection, gpus: Gpus) -> tuple[list[HostNode], list[HostFile]]:
     """Those of the `chosen` MIG devices, and what else `request` asks for.
 
     RequestError where it may not; DeviceError where the host lacks one.
     """
-    found = Extras()
-    for name in _names(request, chosen, host):
-        _add(found, config, host, name)
-    count = imex_channel_count(config.proc_root) if request.imex_channels else 0
-    found.nodes += [_channel(config, host, number, count) for number in request.imex_channels]
-    return found
+    if request.mig_rights:
+        nodes, files = of_rights(config, request.mig_rights, request.devices, chosen, gpus)
+    else:
+        nodes, files = of_instances(config, chosen.migs, gpus)
+    return nodes + of_channels(config, request.imex_channels, gpus), files
 
 
-def _names(request: Request, chosen: Selection, host: Gpus) -> list[str]:
-    """The capabilities' names below _FILES, once each."""
-    names = [f"mig/{right}" for right in request.mig_rights]
-    migs = chosen.migs
-    if names:
-        if migs and request.devices != ("all",):
-            raise RequestError(
-                f"the right to {request.mig_rights[0]} MIG is asked for together with single MIG devices",
-                "ask for whole GPUs, or for `all`",
-            )
-        minors = {gpu.minor for gpu in chosen.gpus}
-        migs = [item for item in mig.every(host) if item.gpu.minor in minors]
+def of_instances(config: Config, migs: list[MigDevice], gpus: Gpus) -> tuple[list[HostNode], list[HostFile]]:
+    return _look_up(config, _instances(migs), gpus)
+
+
+def of_rights(
+    config: Config, rights: tuple[str, ...], devices: tuple[str, ...], chosen: Selection, gpus: Gpus
+) -> tuple[list[HostNode], list[HostFile]]:
+    """The rights to set up or to watch MIG, and every instance on the GPUs of the container. RequestError for a list of
+    `devices` with single MIG devices."""
+    if chosen.migs and devices != ("all",):
+        raise RequestError(
+            f"the right to {rights[0]} MIG is asked for together with single MIG devices",
+            "ask for whole GPUs, or for `all`",
+        )
+    minors = {gpu.minor for gpu in chosen.gpus}
+    migs = [item for item in mig.every(gpus) if item.gpu.minor in minors]
+    return _look_up(config, [*(f"mig/{right}" for right in rights), *_instances(migs)], gpus)
+
+
+def of_channels(config: Config, numbers: tuple[int, ...], gpus: Gpus) -> list[HostNode]:
+    """The nodes of these IMEX channels."""
+    count = imex_channel_count(config.proc_root) if numbers else 0
+    return [_channel(config, gpus, number, count) for number in numbers]
+
+
+def _instances(migs: list[MigDevice]) -> list[str]:
+    """The names of their capabilities below _FILES."""
+    names = []
     for item in migs:
         instance = f"gpu{item.gpu.minor}/mig/gi{item.gi}"
         names += [f"{instance}/access", f"{instance}/ci{item.ci}/access"]
-    return list(dict.fromkeys(names))
+    return names
 
 
-def _add(found: Extras, config: Config, host: Gpus, name: str) -> None:
-    path = f"{_FILES}/{name}"
-    source = config.proc_root.rstrip("/") + path
-    values = information(source)
-    minor, mode = number(values.get("DeviceFileMinor", "")), number(values.get("DeviceFileMode", ""))
-    if minor < 0 or mode < 0:
-        raise DeviceError(f"read `{source}`: no `DeviceFileMinor` and `DeviceFileMode`")
-    found.data.append(Data(source, path))
-    # The first drivers with MIG had no nodes: there the file below /proc is the capability itself.
-    if "nvidia-caps" in host.majors:
-        node = f"/dev/nvidia-caps/nvidia-cap{minor}"
-        found.nodes.append(Node(node, host.majors["nvidia-caps"], minor, (0, 0, mode & 0o777)))
+def _look_up(config: Config, names: list[str], gpus: Gpus) -> tuple[list[HostNode], list[HostFile]]:
+    """Nodes and files of the capabilities `names`, once each."""
+    nodes, files = [], []
+    for name in dict.fromkeys(names):
+        path = f"{_FILES}/{name}"
+        source = config.proc_root.rstrip("/") + path
+        values = information(source)
+        minor, mode = number(values.get("DeviceFileMinor", "")), number(values.get("DeviceFileMode", ""))
+        if minor < 0 or mode < 0:
+            raise DeviceError(f"read `{source}`: no `DeviceFileMinor` and `DeviceFileMode`")
+        files.append(HostFile(source, path))
+        # The first drivers with MIG had no nodes: there the file below /proc is the capability itself.
+        if "nvidia-caps" in gpus.majors:
+            node = f"/dev/nvidia-caps/nvidia-cap{minor}"
+            nodes.append(HostNode(node, gpus.majors["nvidia-caps"], minor, (0, 0, mode & 0o777)))
+    return nodes, files
 
 
-def _channel(config: Config, host: Gpus, number: int, count: int) -> Node:
+def _channel(config: Config, gpus: Gpus, number: int, count: int) -> HostNode:
     """`count`: how many channels the driver has."""
-    major = host.majors.get(_CHANNELS)
+    major = gpus.majors.get(_CHANNELS)
     if major is None:
         raise DeviceError(
             f"IMEX channel {number} is asked for and the driver has none: no `{_CHANNELS}` in /proc/devices",
@@ -91,7 +111,7 @@ def _channel(config: Config, host: Gpus, number: int, count: int) -> Node:
             f"make it with `mknod {path} c {major} {number}`, "
             "or let `features.disable-imex-channel-creation` be false in config.toml",
         )
-    return Node(path, major, number, host.node_owner)
+    return HostNode(path, major, number, gpus.node_owner)
 
 
 def _is_node(config: Config, path: str, device: int) -> bool:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import os
 import sys
 
-from . import audit, caps, compat, container_dir, host, mig, plan, prestart, procfs, spec
+from . import audit, caps, container_dir, host, mig, plan, prestart, spec
 from . import config as configuration
 from . import container as containers
 from . import edits as editing
@@ -24,12 +24,12 @@ from .errors import DeviceError, NvhookError, SpecError
 from .gpus import Selection
 from .linkercache import Ldcache
 from .request import Request
+from .start import Start
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from .config import Config
     from .container import Container
-    from .edits import Edit
     from .gpus import Gpus
     from .spec import Json
 
@@ -83,23 +83,21 @@ def run(words: list[str], default_config: str, warnings: list[str]) -> None:
     warnings += config.warnings
     state = spec.read_state(sys.stdin.fileno())
     document = spec.read_config(state.bundle)[0]
-    container = containers.find(state.pid, spec.parse(document, state.bundle).rootfs)
-    asked = Request((), arguments.capabilities, (), "CDI")
+    described = spec.parse(document, state.bundle)
+    container = containers.find(state.pid, described.rootfs)
+    start = Start(config, described, Request((), arguments.capabilities, (), "CDI"), state.id, warnings)
     trail = audit.Audit(config, "nvidia-container-runtime-hook", state.id)
-    trail.expect(asked)
+    trail.begin(start.request)
     try:
-        gpus = host.read(config, asked, warnings, modprobe="")  # the engine could not have made their nodes
-        nodes = node_paths(document)
-        trail.chosen = chosen(nodes, config, asked, gpus)
-        edits = _edits(arguments, nodes, config, asked, gpus, trail.chosen, container, warnings)
-        _prepare(edits, config)
+        _choose(start, node_paths(document))
+        _draw(start, arguments, node_paths(document), container)
         container.lock = container_dir.lock_without_note(config.state_dir, container)
         with container.lock:
-            prestart.change(config, container, edits, [])
+            prestart.change(start, container, [])
     except NvhookError as error:
         trail.refuse(str(error))
         raise
-    trail.grant()
+    trail.grant(start.chosen)
 
 
 def node_paths(document: Json) -> set[str]:
@@ -110,47 +108,43 @@ def node_paths(document: Json) -> set[str]:
     return {str(item.get("path")) for item in found if isinstance(item, dict)}
 
 
-def chosen(nodes: set[str], config: Config, asked: Request, gpus: Gpus) -> Selection:
-    """The GPUs and MIG devices that a container with these nodes can open."""
+def _choose(start: Start, nodes: set[str]) -> None:
+    """The GPUs and MIG devices that a container with these nodes can open: the engine has chosen them."""
+    config = start.config
+    # The engine could not have made the nodes of a module that is not loaded.
+    start.gpus = host.read(config, start.request.capabilities, start.warnings, modprobe="")
+    start.chosen = chosen(nodes, config, start.gpus)
+    start.offers = host.now(config, start.request, start.chosen, start.gpus, start.warnings)
+
+
+def chosen(nodes: set[str], config: Config, gpus: Gpus) -> Selection:
     there = [gpu for gpu in gpus.gpus if f"/dev/nvidia{gpu.minor}" in nodes]
     migs = []
     for item in [item for item in mig.every(gpus) if item.gpu in there]:
-        rights = caps.find(config, asked, Selection([item.gpu], [item]), gpus).nodes
+        rights, _ = caps.of_instances(config, [item], gpus)
         if rights and all(node.path in nodes for node in rights):
             migs.append(item)
     return Selection(there, migs)
 
 
-def _edits(
-    arguments: Arguments,
-    nodes: set[str],
-    config: Config,
-    asked: Request,
-    gpus: Gpus,
-    selected: Selection,
-    container: Container,
-    warnings: list[str],
-) -> list[Edit]:
-    data = caps.find(config, asked, selected, gpus).data
-    edits = plan.covers(asked, selected.gpus, procfs.read(config.proc_root), data)
+def _draw(start: Start, arguments: Arguments, nodes: set[str], container: Container) -> None:
+    """What the specification leaves to us, with the sources open."""
+    edits = plan.covers(start.request.capabilities, start.chosen, start.offers)
     edits += [Symlink(path, target) for target, path in arguments.links if _leads_somewhere(path, target, nodes)]
-    compatible = compat.find(config, asked, container.root, gpus.driver_version, selected.brands, warnings)
+    compatible = start.layout_of(container.root, start.warnings).compat
     directories = [compatible] if compatible else []
     directories += dict.fromkeys(directory for directory, _, _ in arguments.libraries)
     if directories:
         # What is in the image's directory only ldconfig can say.
         edits.append(Ldcache(tuple(directories), () if compatible else tuple(arguments.libraries)))
-    return edits
+    start.edits = edits
+    try:
+        for edit in edits:
+            edit.prepare(start.config, container.root)
+    except editing.SourceGone as gone:
+        raise DeviceError(f"`{gone}` disappeared while the container was prepared", "start it again") from None
 
 
 def _leads_somewhere(path: str, target: str, nodes: set[str]) -> bool:
     """Of the links to device nodes the container gets those whose node it has."""
     return not path.startswith("/dev/") or os.path.normpath(f"{os.path.dirname(path)}/{target}") in nodes
-
-
-def _prepare(edits: list[Edit], config: Config) -> None:
-    try:
-        for edit in edits:
-            edit.prepare(config)
-    except editing.SourceGone as gone:
-        raise DeviceError(f"`{gone}` disappeared while the container was prepared", "start it again") from None

@@ -18,7 +18,6 @@ if TYPE_CHECKING:
 
     from .config import Config
     from .linux.root import Root
-    from .request import Request
 
 _DIRECTORY = "/usr/local/cuda/compat"
 _LIBRARY = "libcuda.so."
@@ -30,14 +29,19 @@ _UNABLE = ("geforce", "titan")
 
 
 def find(
-    config: Config, request: Request, root: Root, version: str, brands: Callable[[], set[str]], warnings: list[str]
+    config: Config,
+    capabilities: tuple[str, ...],
+    root: Root,
+    version: str,
+    brands: Callable[[], set[str]],
+    warnings: list[str],
 ) -> str:
     """The directory, as a path in the container without links, or empty where its libraries are of no use.
 
     ContainerError where looking for them takes too long: without them programs that need them would fail.
     `version` is the host's driver; `brands`, words in lower case, are asked for only where there are such libraries.
     """
-    if not config.cuda_compat or not {"compute", "video"} & set(request.capabilities):
+    if not config.cuda_compat or not {"compute", "video"} & set(capabilities):
         return ""
     try:
         majors, path = _look(root)

@@ -37,22 +37,28 @@ _CAPABILITIES = (
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from .container_dir import ContainerDirectory, Lock
     from .linux.identity import Identity
 
 
 class Layout:
-    """Where a family of distributions keeps things, as absolute paths in the container."""
+    """Where an image keeps things, as absolute paths in the container.
 
-    __slots__ = ("binaries", "libraries", "libraries32")
+    compat   the directory of its CUDA compatibility libraries (compat.py), if they are used; else empty
+    """
 
-    def __init__(self, libraries: str, libraries32: str, binaries: str = "/usr/bin") -> None:
+    __slots__ = ("binaries", "compat", "libraries", "libraries32")
+
+    def __init__(self, libraries: str, libraries32: str, binaries: str = "/usr/bin", compat: str = "") -> None:
         self.libraries = libraries
         self.libraries32 = libraries32
         self.binaries = binaries
+        self.compat = compat
 
-    def describe(self) -> tuple[str, str, str]:
-        return self.libraries, self.libraries32, self.binaries
+    def describe(self) -> tuple[str, str, str, str]:
+        return self.libraries, self.libraries32, self.binaries, self.compat
 
 
 class Container:
@@ -63,6 +69,7 @@ class Container:
     uid, gid      who root in the container is on the host
     in_userns     device nodes made here could not be opened: its filesystems belong to a user namespace
     rootless      we are in a user namespace ourselves: the machine's cgroups are not ours to change
+    mounted       what detaches each mount that an edit has made in it, in order
     times         directory in the container -> its mtime in ns before an edit first came there
     host_identity of the root filesystem as the host reaches it; None where the host does not
     lock          of its root filesystem, held while something is made there
@@ -76,8 +83,8 @@ class Container:
         "gid",
         "host_identity",
         "in_userns",
-        "layout",
         "lock",
+        "mounted",
         "names",
         "proc",
         "root",
@@ -94,7 +101,6 @@ class Container:
         namespace: int,  # -1: ours
         root: Root,
         rootfs: str,
-        layout: Layout,
         owner: tuple[int, int],
         in_userns: bool,
         rootless: bool,
@@ -105,7 +111,6 @@ class Container:
         self._namespace = namespace
         self.root = root
         self.rootfs = rootfs
-        self.layout = layout
         self.uid, self.gid = owner
         self.in_userns = in_userns
         self.rootless = rootless
@@ -115,6 +120,7 @@ class Container:
         self.lock: Lock | Unlocked = Unlocked()
         self.directory: ContainerDirectory | None = None
         self.names = procfs.Names()
+        self.mounted: list[Callable[[], None]] = []
 
     def enter(self) -> None:
         """Into the container's mount namespace, for good; files are made as the container's root from here on.
@@ -187,7 +193,6 @@ def here(path: str) -> Container:
         namespace=-1,
         root=root,
         rootfs=rootfs,
-        layout=layout(root),
         owner=(os.geteuid(), os.getegid()),
         in_userns=rootless,
         rootless=rootless,
@@ -222,7 +227,6 @@ def _open(pid: int, rootfs: str, proc: int) -> Container:
         namespace=namespace,
         root=root,
         rootfs=rootfs,
-        layout=layout(root),
         owner=owner or (0, 0),
         in_userns=rootless or owner is not None,
         rootless=rootless,

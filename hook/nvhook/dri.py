@@ -13,8 +13,8 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from .config import Config
     from .gpus import Gpu
-    from .request import Request
 
+DRAWING = ("display", "graphics")  # the capabilities whose programs use them
 _MAJOR = 226  # fixed by the kernel's list of devices
 _OWNER = (0, 0, 0o660)  # where the host has no such node yet
 
@@ -33,11 +33,9 @@ class DriNode:
         self.owner = owner
 
 
-def find(config: Config, request: Request, chosen: list[Gpu]) -> list[DriNode]:
-    """Those of `chosen`, in its order; none where nvidia-drm is not loaded, or for a request that does not draw."""
+def find(config: Config, chosen: list[Gpu]) -> list[DriNode]:
+    """Those of `chosen`, in its order; none where nvidia-drm is not loaded."""
     nodes: list[DriNode] = []
-    if not {"display", "graphics"} & set(request.capabilities):
-        return nodes
     for gpu in chosen:
         directory = os.path.join(config.proc_root, "sys/bus/pci/devices", gpu.pci.lower(), "drm")
         try:

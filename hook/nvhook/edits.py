@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The few kinds of change that are made to a container; the one of its linker cache is in linkercache.py.
 
-An edit describes itself (`nvhook plan`), prepares itself in the host's mount namespace (opens its source), applies
-itself in the container's, and undoes itself there. Nothing here decides anything: what to do is the plan's business.
+An edit has four verbs: it describes itself (`nvhook plan`), prepares itself in the host's mount namespace (opens its
+source), applies itself in the container's, and undoes itself there. Nothing here decides anything: what to do is the
+plan's business.
 
 All paths are absolute paths in the container; they are resolved below its root by descriptors, never followed at the
 last step. Where something stands in the way that is not what the edit can use, the edit fails and names it.
@@ -36,46 +37,32 @@ class SourceGone(Exception):  # noqa: N818 - not an error yet: the inventory is 
 
 
 class Edit:
-    """`apply` leaves in `_mounted` and `_undo` how to take back what it did, also when it fails half-way: its mounts,
-    which are this container's alone, and what it made in the tree, on which another container may have mounted.
+    """`apply` leaves in `_undo` how to take back what it made in the tree, on which another container may have mounted,
+    and in Container.mounted its mounts, which are this container's alone; also when it fails half-way.
 
     `traces` is what stays in the root filesystem when the container and its mounts are gone (cleanup.py).
     """
 
-    __slots__ = ("_mounted", "_undo", "traces")
+    __slots__ = ("_undo", "traces")
     kind = ""
 
     def __init__(self) -> None:
-        self._mounted: list[Callable[[], None]] = []
         self._undo: list[Callable[[], None]] = []
         self.traces: list[Trace] = []
 
     def describe(self) -> dict[str, object]:
         raise NotImplementedError
 
-    def prepare(self, config: Config) -> None:
-        """In the host's mount namespace: open what is needed of the host. SourceGone when it has gone."""
+    def prepare(self, config: Config, root: Root, container: Container | None = None) -> None:
+        """In the host's mount namespace, with nothing changed yet: open what is needed of the host for the tree at
+        `root`. Called once more with the `container`, when that is there; what is open stays open.
 
-    def is_gone(self) -> bool:
-        """Whether what `prepare` has opened has been removed since: it cannot be mounted any more."""
-        return False
-
-    def foresee(self, root: Root) -> None:
-        """Make for `root`, the image's tree, what the container's will need if nothing is mounted over it."""
-
-    def examine(self, container: Container) -> None:
-        """Still in the host's mount namespace, and before anything is changed: look at the container's tree."""
+        SourceGone when something of the host is not there, or has been removed since; never with a `container`.
+        """
 
     def apply(self, container: Container) -> None:
         """In the container's mount namespace. MountError or LdcacheError."""
         raise NotImplementedError
-
-    def finish(self) -> None:
-        """There as well, when all edits have been applied. MountError."""
-
-    def detach(self) -> None:
-        """Take the mounts back."""
-        _take_back(self._mounted)
 
     def undo(self) -> None:
         """Take back what was made in the tree, when nothing is mounted there any more."""
@@ -122,7 +109,7 @@ class Edit:
             mounted = attach(container.names, target, parent, name)
         finally:
             os.close(target)
-        self._mounted.append(lambda: container.names.detach(mounted))
+        container.mounted.append(lambda: container.names.detach(mounted))
         return mounted
 
 
@@ -226,7 +213,8 @@ class Tmpfs(Edit):
         finally:
             os.close(fd)
 
-    def finish(self) -> None:
+    def seal(self) -> None:
+        """Make it read-only, once everything is in it. MountError."""
         if self.root is None or self._names is None:
             return
         try:
@@ -281,7 +269,7 @@ class Mount(Edit):
     `inside` is the tmpfs of ours that `destination` is below, if it is.
     """
 
-    __slots__ = ("_inside", "_source", "destination", "options", "source", "what")
+    __slots__ = ("_source", "destination", "inside", "options", "source", "what")
     kind = "mount"
 
     def __init__(
@@ -294,7 +282,7 @@ class Mount(Edit):
         inside: Tmpfs | None = None,
     ) -> None:
         super().__init__()
-        self._inside = inside
+        self.inside = inside
         self.source = source
         self.destination = destination
         self.options = options
@@ -309,7 +297,11 @@ class Mount(Edit):
             "options": list(self.options),
         }
 
-    def prepare(self, config: Config) -> None:  # noqa: ARG002 - its path is whole
+    def prepare(self, config: Config, root: Root, container: Container | None = None) -> None:  # noqa: ARG002
+        if self._source is not None:
+            if container is None and os.fstat(self._source.fd).st_nlink == 0:
+                raise SourceGone(self.source)  # what is removed cannot be mounted any more
+            return
         try:
             self._source = bind.Source(self.source, self.options)
             if stat.S_IFMT(os.fstat(self._source.fd).st_mode) != _MOUNTABLE[self.what][0]:
@@ -320,12 +312,9 @@ class Mount(Edit):
         except OSError as error:
             raise MountError(f"open `{self.source}`: {reason(error)}") from None
 
-    def is_gone(self) -> bool:
-        return self._source is not None and os.fstat(self._source.fd).st_nlink == 0
-
     def apply(self, container: Container) -> None:
         assert self._source is not None, "prepare() comes first"
-        if self._inside and not self._inside.root:
+        if self.inside and not self.inside.root:
             return  # left out, with the directory that it is below
         try:
             parent, name = self._parent(container, self.destination)
@@ -340,7 +329,7 @@ class Mount(Edit):
                 self._attach(container, self._source.attach, parent, name)
             finally:
                 os.close(parent)
-                if self._inside:
+                if self.inside:
                     self.traces.clear()  # what was made is gone with the tmpfs
         except OSError as error:
             if error.errno == errno.ENOENT and not os.fstat(self._source.fd).st_nlink:
@@ -349,12 +338,12 @@ class Mount(Edit):
             raise MountError(f"mount `{self.source}` on `{self.destination}`: {reason(error)}") from None
 
     def _parent(self, container: Container, path: str) -> tuple[int, str]:
-        if not self._inside or not self._inside.root:
+        if not self.inside or not self.inside.root:
             return super()._parent(container, path)
-        directory, name = os.path.split(path.removeprefix(self._inside.destination))
+        directory, name = os.path.split(path.removeprefix(self.inside.destination))
         made: list[tuple[int, str]] = []
         try:
-            return self._inside.root.open_directory(directory, made), name
+            return self.inside.root.open_directory(directory, made), name
         finally:
             for parent, _ in made:
                 os.close(parent)
@@ -363,7 +352,7 @@ class Mount(Edit):
 class Device(Edit):
     """A character device node; made with mknod, or bound from the host's where nodes made here cannot be opened."""
 
-    __slots__ = ("_host_path", "_source", "access", "gid", "major", "minor", "mode", "path", "uid")
+    __slots__ = ("_host_path", "_is_cloned", "_source", "access", "gid", "major", "minor", "mode", "path", "uid")
     kind = "device"
 
     def __init__(self, path: str, major: int, minor: int, access: str, *, mode: int, uid: int, gid: int) -> None:
@@ -377,6 +366,7 @@ class Device(Edit):
         self.gid = gid
         self._host_path = ""
         self._source: bind.Source | None = None
+        self._is_cloned = False
 
     def describe(self) -> dict[str, object]:
         return {
@@ -396,24 +386,28 @@ class Device(Edit):
         """Whether a user who is not root needs the node's group to use it, and may be given that group."""
         return self.gid != 0 and self.mode & 0o006 != 0o006
 
-    def prepare(self, config: Config) -> None:
+    def prepare(self, config: Config, root: Root, container: Container | None = None) -> None:  # noqa: ARG002
         """Hold the host's node, in case it has to be bound. That there is none, or another, is found out then."""
-        self._host_path = os.path.join(config.dev_root, self.path.lstrip("/"))
-        try:
-            self._source = bind.Source(self._host_path, _NODE_BIND_OPTIONS)
-            if not self._is_this(os.fstat(self._source.fd)):
-                self._source.close()
-                self._source = None
-        except OSError:
-            self._source = None
-
-    def examine(self, container: Container) -> None:
-        """A clone that is not needed costs half a millisecond of the kernel's when it is closed."""
-        if self._source is not None and self._is_bound(container):
+        if not self._host_path:
+            self._host_path = os.path.join(config.dev_root, self.path.lstrip("/"))
+            self._source = self._open()
+        # A clone that is not needed costs half a millisecond of the kernel's when it is closed.
+        if container and self._source is not None and not self._is_cloned and self._is_bound(container):
             try:
                 self._source.clone()
             except OSError as error:
                 raise MountError(f"open `{self._host_path}`: {reason(error)}") from None
+            self._is_cloned = True
+
+    def _open(self) -> bind.Source | None:
+        try:
+            source = bind.Source(self._host_path, _NODE_BIND_OPTIONS)
+        except OSError:
+            return None
+        if self._is_this(os.fstat(source.fd)):
+            return source
+        source.close()
+        return None
 
     def _is_bound(self, container: Container) -> bool:
         """Whether it will be, as far as that can be seen; if it is all the same, the source is opened anew then."""
@@ -576,8 +570,9 @@ def apply(edits: list[Edit], container: Container) -> None:
         for edit in edits:
             done.append(edit)
             edit.apply(container)
-        for edit in edits:
-            edit.finish()
+        for cover in edits:
+            if isinstance(cover, Tmpfs):
+                cover.seal()
     except BaseException as fault:
         _undo(done, container)
         if isinstance(fault, OutOfTimeError):
@@ -586,8 +581,7 @@ def apply(edits: list[Edit], container: Container) -> None:
 
 
 def _undo(done: list[Edit], container: Container) -> None:
-    for edit in reversed(done):
-        edit.detach()
+    _take_back(container.mounted)
 
     def undo_tree() -> None:
         for edit in reversed(done):

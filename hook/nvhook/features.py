@@ -10,13 +10,12 @@ from __future__ import annotations
 import os
 import stat
 
-from .extras import Data, Extras, Node
 from .linux.root import DIRECTORY, Root
+from .offers import HostFile, HostNode
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from .config import Config
-    from .request import Request
 
 # Feature -> its nodes; a star at the end stands for anything. In NVIDIA's order.
 NODES: dict[str, tuple[str, ...]] = {
@@ -30,21 +29,22 @@ _DATA = {"gds": (("/run/udev", "directory"), ("/etc/cufile.json", "file"))}
 _TYPES = {"directory": stat.S_IFDIR, "file": stat.S_IFREG}
 
 
-def find(config: Config, request: Request, warnings: list[str]) -> Extras:
-    """What the host has of the features in `request`; one of which it has nothing is named in `warnings`."""
-    found = Extras()
-    for feature in request.features:
-        nodes = [node for pattern in NODES[feature] for node in _nodes(config.dev_root, pattern)]
-        if not nodes:
+def find(config: Config, features: tuple[str, ...], warnings: list[str]) -> tuple[list[HostNode], list[HostFile]]:
+    """What the host has of these; one of which it has nothing is named in `warnings`."""
+    nodes: list[HostNode] = []
+    files: list[HostFile] = []
+    for feature in features:
+        found = [node for pattern in NODES[feature] for node in _nodes(config.dev_root, pattern)]
+        if not found:
             names = " or ".join(f"`{pattern}`" for pattern in NODES[feature])
             warnings.append(f"NVIDIA_{feature.upper()}=enabled gives nothing: this host has no {names}")
             continue
-        found.nodes += {node.path: node for node in nodes}.values()
-        found.data += _files(config.driver_root, feature)
-    return found
+        nodes += {node.path: node for node in found}.values()
+        files += _files(config.driver_root, feature)
+    return nodes, files
 
 
-def _nodes(dev_root: str, pattern: str) -> list[Node]:
+def _nodes(dev_root: str, pattern: str) -> list[HostNode]:
     directory, start = os.path.split(pattern)
     top = dev_root.rstrip("/") + directory
     try:
@@ -55,7 +55,7 @@ def _nodes(dev_root: str, pattern: str) -> list[Node]:
     return [node for name in matching for node in _node(f"{top}/{name}", f"{directory}/{name}")]
 
 
-def _node(path: str, name: str) -> list[Node]:
+def _node(path: str, name: str) -> list[HostNode]:
     try:
         status = os.stat(path, follow_symlinks=False)
     except OSError:
@@ -63,10 +63,10 @@ def _node(path: str, name: str) -> list[Node]:
     if not stat.S_ISCHR(status.st_mode):
         return []
     owner = status.st_uid, status.st_gid, status.st_mode & 0o777
-    return [Node(name, os.major(status.st_rdev), os.minor(status.st_rdev), owner)]
+    return [HostNode(name, os.major(status.st_rdev), os.minor(status.st_rdev), owner)]
 
 
-def _files(driver_root: str, feature: str) -> list[Data]:
+def _files(driver_root: str, feature: str) -> list[HostFile]:
     try:
         root = Root(os.open(driver_root, DIRECTORY))
     except OSError:
@@ -75,4 +75,4 @@ def _files(driver_root: str, feature: str) -> list[Data]:
         found = [(root.real_path(path, _TYPES[what]), path, what) for path, what in _DATA.get(feature, ())]
     finally:
         os.close(root.fd)
-    return [Data(real, path, what) for real, path, what in found if real]
+    return [HostFile(real, path, what) for real, path, what in found if real]

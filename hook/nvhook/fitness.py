@@ -73,13 +73,12 @@ def check(
     driver: Driver,
     root: Root,
     layout: Layout,
-    compat: str,
     warnings: list[str],
 ) -> None:
     """At a container's start: what is grave goes to `warnings` and to the log, or is a ContainerError if config.toml
     is strict. An image that takes too long to examine has no findings."""
     try:
-        findings = examine(asked, driver, root.optional, layout, compat)
+        findings = examine(asked, driver, root.optional, layout)
     except OutOfTimeError:
         return
     for finding in findings:
@@ -89,12 +88,10 @@ def check(
         audit.warn(config, f"container at `{os.readlink(f'/proc/self/fd/{root.fd}')}`: {warnings[-1]}")
 
 
-def examine(
-    asked: Request, driver: Driver, root: Root, layout: Layout, compat: str, *, thorough: bool = False
-) -> list[Finding]:
+def examine(asked: Request, driver: Driver, root: Root, layout: Layout, *, thorough: bool = False) -> list[Finding]:
     """What is grave; `thorough`: and every library that cannot be loaded, whether or not somebody wants it.
 
-    `root` is the image's, `layout` where the libraries come in it, `compat` as compat.find() has it.
+    `root` is the image's, `layout` where the libraries come in it.
     """
     first = _first(asked, driver)
     if not first:
@@ -107,7 +104,7 @@ def examine(
             if thorough:
                 findings += _lacking(asked, driver, image)
         paths = {item.soname: item.path for libraries in first.values() for item in libraries}
-        return findings + _shadowing(paths, image, compat) + _preloaded(paths, image, thorough=thorough)
+        return findings + _shadowing(paths, image) + _preloaded(paths, image, thorough=thorough)
     finally:
         image.close()
 
@@ -203,7 +200,7 @@ def _lacking(asked: Request, driver: Driver, image: Image) -> list[Finding]:
     ]
 
 
-def _shadowing(paths: dict[str, str], image: Image, compat: str) -> list[Finding]:
+def _shadowing(paths: dict[str, str], image: Image) -> list[Finding]:
     """Libraries of the image that LD_LIBRARY_PATH has found first. `paths`: SONAME -> the driver's file."""
     for path in image.searched:
         fd = image.directory(path)
@@ -213,7 +210,7 @@ def _shadowing(paths: dict[str, str], image: Image, compat: str) -> list[Finding
             continue
         if _is_at(image, fd, image.layout.libraries):
             break  # from here on the driver's own come first
-        if not (compat and _is_at(image, fd, compat)):
+        if not (image.layout.compat and _is_at(image, fd, image.layout.compat)):
             what = f"`{path}/{found[0]}` of the image is found before the driver's: LD_LIBRARY_PATH leads there"
             return [Finding(what, f"take `{path}` out of LD_LIBRARY_PATH, or the library out of the image")]
     return []

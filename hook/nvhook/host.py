@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which kind of host this is, and its GPUs for one request.
+"""Which kind of host this is, its GPUs, and what else it has for a container at this moment.
 
 A host with NVIDIA's kernel module is gpus.py's; here is what comes before and beside it: modules that are loaded when
 somebody asks for them (kmods.py), WSL 2, which has none (wsl.py), and Tegra, which is refused. On a host that has
@@ -10,18 +10,19 @@ from __future__ import annotations
 
 import os
 
-from . import gpus, kmods
+from . import caps, dri, features, gpus, kmods, procfs, sockets
 from .errors import DeviceError, DriverError
+from .offers import Offers
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from .config import Config
-    from .gpus import Gpus
+    from .gpus import Gpus, Selection
     from .request import Request
 
 
-def read(config: Config, asked: Request, warnings: list[str], *, modprobe: str | None = None) -> Gpus:
-    """The host's GPUs, with the kernel modules that `asked` needs.
+def read(config: Config, capabilities: tuple[str, ...], warnings: list[str], *, modprobe: str | None = None) -> Gpus:
+    """The host's GPUs, with the kernel modules that `capabilities` need.
 
     modprobe   the program that loads them, empty for none; None: the host's own, where config.toml and the place
                where we run allow it
@@ -35,19 +36,33 @@ def read(config: Config, asked: Request, warnings: list[str], *, modprobe: str |
         if on_wsl is not None:
             return on_wsl
         _refuse_tegra(config)
-        return _load(["nvidia", *_modules(asked, {})], config, warnings, modprobe)
+        return _load(["nvidia", *_modules(capabilities, {})], config, warnings, modprobe)
     found = gpus.read(config.proc_root)
-    missing = _modules(asked, found.majors)
+    missing = _modules(capabilities, found.majors)
     return _load(missing, config, warnings, modprobe) if missing else found
 
 
-def _modules(asked: Request, majors: dict[str, int]) -> list[str]:
-    """Those that `asked` needs and the kernel does not show."""
+def now(config: Config, request: Request, chosen: Selection, gpus: Gpus, warnings: list[str]) -> Offers:
+    """What else the host has for `request` at this moment. RequestError and DeviceError as in caps.find()."""
+    nodes, files = caps.find(config, request, chosen, gpus)
+    feature_nodes, feature_files = features.find(config, request.features, warnings)
+    return Offers(
+        gpus,
+        dri=dri.find(config, chosen.gpus) if set(dri.DRAWING) & set(request.capabilities) else [],
+        nodes=nodes + feature_nodes,
+        files=files + feature_files,
+        sockets=sockets.find(config.driver_root),
+        proc=procfs.read(config.proc_root),
+    )
+
+
+def _modules(capabilities: tuple[str, ...], majors: dict[str, int]) -> list[str]:
+    """Those that `capabilities` need and the kernel does not show."""
     missing = []
-    if {"compute", "video"} & set(asked.capabilities) and "nvidia-uvm" not in majors:
+    if {"compute", "video"} & set(capabilities) and "nvidia-uvm" not in majors:
         missing.append("nvidia-uvm")
     # Before driver 560 nvidia-frontend stands for mode setting as well, loaded or not.
-    if "display" in asked.capabilities and not {"nvidia-modeset", "nvidia-frontend"} & majors.keys():
+    if "display" in capabilities and not {"nvidia-modeset", "nvidia-frontend"} & majors.keys():
         missing.append("nvidia-modeset")
     return missing
 

@@ -56,33 +56,27 @@ class Ldcache(Edit):
     def describe(self) -> dict[str, object]:
         return {"kind": self.kind, "directories": list(self.directories)}
 
-    def foresee(self, root: Root) -> None:
-        if self._is_wanted and self.names:
-            try:
-                self._merge(_old_cache(root.optional))
-            except _NOT_MERGED:
-                return  # `examine` looks again
+    def prepare(self, config: Config, root: Root, container: Container | None = None) -> None:
+        """Open the host's ldconfig, and make the new cache if that can be done without reading the image's libraries.
 
-    def prepare(self, config: Config) -> None:
-        """Open the host's ldconfig; an empty path in config.toml means that no cache is wanted."""
+        With an empty path in config.toml no cache is wanted. What was made for `root` before the container is there
+        counts if the container has the same cache.
+        """
         if not config.ldconfig:
             return
-        self._is_wanted = True
-        try:
-            self._program = os.open(config.ldconfig, os.O_RDONLY | os.O_CLOEXEC)
-        except OSError as error:
-            raise LdcacheError(
-                f"read the host's `{config.ldconfig}`: {reason(error)}",
-                "set `nvidia-container-cli.ldconfig` in config.toml to where it is",
-            ) from None
-
-    def examine(self, container: Container) -> None:
-        """Make the new cache, if that can be done without looking at the image's libraries."""
         if not self._is_wanted:
+            self._is_wanted = True
+            self._program = _open_program(config.ldconfig)
+        if container is None:
+            if self.names and not self._merged[0]:
+                try:
+                    self._merge(_old_cache(root.optional))
+                except _NOT_MERGED:
+                    return  # the container's is what counts
             return
         if self.names:
             try:
-                self._cache = self._merge(_old_cache(container.root.optional))
+                self._cache = self._merge(_old_cache(root.optional))
                 self._is_wanted = bool(self._cache)
                 return
             except _NOT_MERGED:
@@ -139,6 +133,16 @@ class Ldcache(Edit):
             self._undo.append(lambda: files.restore(self.former, directory, name, owner, mode, status.st_mtime_ns))
         else:
             raise OSError(errno.EEXIST, f"the image has {kind_of(status)} there")
+
+
+def _open_program(path: str) -> int:
+    try:
+        return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as error:
+        raise LdcacheError(
+            f"read the host's `{path}`: {reason(error)}",
+            "set `nvidia-container-cli.ldconfig` in config.toml to where it is",
+        ) from None
 
 
 def _old_cache(root: Root) -> bytes:

@@ -18,13 +18,11 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from .container import Layout
-    from .dri import DriNode
     from .driver import Driver, Library
-    from .extras import Data, Extras
-    from .gpus import Gpu, Gpus
+    from .gpus import Gpu, Selection
+    from .offers import HostFile, Offers
     from .procfs import DriverProc
     from .request import Request
-    from .sockets import Socket
 
 # The GPU major is fixed by the kernel's list of devices, and so are these two minors of it by the driver.
 _MAJOR = 195
@@ -57,30 +55,12 @@ _GBM_BACKEND = "gbm/nvidia-drm_gbm.so"
 INDISPENSABLE = {"compute": "libcuda.so.1", "utility": "libnvidia-ml.so.1"}
 
 
-def make(
-    request: Request,
-    chosen: list[Gpu],
-    gpus: Gpus,
-    driver: Driver,
-    layout: Layout,
-    *,
-    dri_nodes: Sequence[DriNode] = (),
-    sockets: Sequence[Socket] = (),
-    proc: DriverProc | None = None,
-    extras: Sequence[Extras] = (),
-    compat: str = "",
-) -> list[Edit]:
-    """The edits for a container of this `layout`. DriverError or DeviceError where the host lacks a part.
-
-    `dri_nodes`, `sockets`, `proc` and `extras` are what the host has at this moment: dri.find(), sockets.find(),
-    procfs.read(), caps.find() and features.find(). `compat` is the image's directory of libraries to be preferred:
-    compat.find().
-    """
+def make(request: Request, chosen: Selection, offers: Offers, driver: Driver, layout: Layout) -> list[Edit]:
+    """The edits for a container of this `layout`. DriverError or DeviceError where the host lacks a part."""
     libraries = _libraries(request, driver)
     asked = set(request.capabilities)
-    data = [item for found in extras for item in found.data]
-    edits = covers(request, chosen, proc, data)
-    directories = [compat] if compat else []
+    edits = covers(request.capabilities, chosen, offers)
+    directories = [layout.compat] if layout.compat else []
     names = []
     for library in libraries:
         directory = _directory(library, layout)
@@ -98,9 +78,11 @@ def make(
     ]
     edits += [Mount(item.path, item.destination, _READ_ONLY) for item in files]
     edits += [
-        Mount(item.path, item.destination, _WRITABLE, item.what) for item in sockets if asked & set(item.capabilities)
+        Mount(item.path, item.destination, _WRITABLE, item.what)
+        for item in offers.sockets
+        if asked & set(item.capabilities)
     ]
-    edits += [Mount(item.path, item.destination, _DATA, item.what) for item in data if not _is_proc(item)]
+    edits += [Mount(item.path, item.destination, _DATA, item.what) for item in offers.files if not _is_proc(item)]
     for library in libraries:
         directory = _directory(library, layout)
         edits += _links(library, directory)
@@ -112,22 +94,23 @@ def make(
         for item in files
         if item.destination.endswith(f".so.{driver.version}")
     ]
-    for node in _dri_nodes(request, chosen, dri_nodes):
+    for node in offers.dri:
         edits.append(Symlink(f"/dev/dri/by-path/pci-{node.pci}-{node.role}", f"../{node.name}"))
-    edits += devices(request, chosen, gpus, dri_nodes, extras)
+    edits += devices(request.capabilities, chosen.gpus, offers)
     if directories:
         # What is in the image's directory only ldconfig can say.
-        edits.append(Ldcache(tuple(directories), () if compat else tuple(names)))
+        edits.append(Ldcache(tuple(directories), () if layout.compat else tuple(names)))
     return edits
 
 
-def covers(request: Request, chosen: list[Gpu], proc: DriverProc | None, data: list[Data]) -> list[Edit]:
+def covers(capabilities: Sequence[str], chosen: Selection, offers: Offers) -> list[Edit]:
     """What hides the host's other GPUs: below /proc, and from EGL."""
-    return _proc(proc, chosen, [item for item in data if _is_proc(item)]) + _profile(set(request.capabilities), chosen)
+    files = [item for item in offers.files if _is_proc(item)]
+    return _proc(offers.proc, chosen.gpus, files) + _profile(set(capabilities), chosen.gpus)
 
 
-def _proc(proc: DriverProc | None, chosen: list[Gpu], data: list[Data]) -> list[Edit]:
-    """Of /proc/driver/nvidia the driver's own files, the chosen GPUs and `data`; the rest of the host is covered."""
+def _proc(proc: DriverProc | None, chosen: list[Gpu], files: list[HostFile]) -> list[Edit]:
+    """Of /proc/driver/nvidia the driver's own files, the chosen GPUs and `files`; the rest of the host is covered."""
     if proc is None:
         return []
     cover = Tmpfs(PROC, only_over=True, in_proc=True)
@@ -136,11 +119,11 @@ def _proc(proc: DriverProc | None, chosen: list[Gpu], data: list[Data]) -> list[
     for gpu in chosen:
         place = f"gpus/{gpu.pci}"
         edits.append(Mount(f"{proc.path}/{place}", f"{PROC}/{place}", _DATA, "directory", inside=cover))
-    edits += [Mount(item.path, item.destination, _DATA, item.what, inside=cover) for item in data]
+    edits += [Mount(item.path, item.destination, _DATA, item.what, inside=cover) for item in files]
     return edits
 
 
-def _is_proc(item: Data) -> bool:
+def _is_proc(item: HostFile) -> bool:
     return item.destination.startswith(f"{PROC}/")
 
 
@@ -153,15 +136,10 @@ def _profile(asked: set[str], chosen: list[Gpu]) -> list[Edit]:
     return [cover, File(cover, "10-container.conf", _PROFILE % mask)]
 
 
-def devices(
-    request: Request,
-    chosen: list[Gpu],
-    gpus: Gpus,
-    dri_nodes: Sequence[DriNode] = (),
-    extras: Sequence[Extras] = (),
-) -> list[Device]:
-    """The device nodes: one for each GPU; control, unified memory, mode setting and DRI as the capabilities say; those
-    of `extras`."""
+def devices(capabilities: Sequence[str], chosen: list[Gpu], offers: Offers) -> list[Device]:
+    """The device nodes: one for each GPU; control, unified memory and mode setting as the capabilities say; what else
+    is in `offers`. DeviceError without nvidia-uvm where it is needed."""
+    gpus = offers.gpus
     uid, gid, mode = gpus.node_owner
 
     def node(name: str, major: int, minor: int) -> Device:
@@ -172,7 +150,7 @@ def devices(
     control = gpus.majors.get("nvidia", gpus.majors.get("nvidia-frontend", _MAJOR))
     nodes = [node(f"nvidia{gpu.minor}", control, gpu.minor) for gpu in chosen]
     nodes.append(node("nvidiactl", control, _CONTROL_MINOR))
-    if "compute" in request.capabilities or "video" in request.capabilities:
+    if "compute" in capabilities or "video" in capabilities:
         major = gpus.majors.get("nvidia-uvm")
         if major is None:
             raise DeviceError(
@@ -182,22 +160,15 @@ def devices(
         nodes += [node("nvidia-uvm", major, 0), node("nvidia-uvm-tools", major, 1)]
     # Before driver 560 one name, nvidia-frontend, stands for all nodes of this major.
     modeset = gpus.majors.get("nvidia-modeset", gpus.majors.get("nvidia-frontend"))
-    if "display" in request.capabilities and modeset is not None:
+    if "display" in capabilities and modeset is not None:
         nodes.append(node("nvidia-modeset", modeset, _MODESET_MINOR))
-    for item in _dri_nodes(request, chosen, dri_nodes):
+    for item in offers.dri:
         owner, group, bits = item.owner
         nodes.append(Device(f"/dev/dri/{item.name}", item.major, item.minor, "rw", mode=bits, uid=owner, gid=group))
-    for extra in [extra for found in extras for extra in found.nodes]:
-        owner, group, bits = extra.owner
-        nodes.append(Device(extra.path, extra.major, extra.minor, "rw", mode=bits, uid=owner, gid=group))
+    for other in offers.nodes:
+        owner, group, bits = other.owner
+        nodes.append(Device(other.path, other.major, other.minor, "rw", mode=bits, uid=owner, gid=group))
     return nodes
-
-
-def _dri_nodes(request: Request, chosen: list[Gpu], dri_nodes: Sequence[DriNode]) -> list[DriNode]:
-    """Those of the chosen GPUs, for who draws."""
-    addresses = {gpu.pci for gpu in chosen}
-    draws = {"display", "graphics"} & set(request.capabilities)
-    return [item for item in dri_nodes if draws and item.pci in addresses]
 
 
 def _libraries(request: Request, driver: Driver) -> list[Library]:

@@ -53,20 +53,20 @@ class Spec:
     def __init__(
         self,
         *,
-        env: dict[str, str],
-        mounts: list[tuple[str, str]],
-        annotations: dict[str, str],
-        privileged: bool,
         rootfs: str,
-        device_rules: list[Json],
+        env: dict[str, str] | None = None,
+        mounts: list[tuple[str, str]] | None = None,
+        annotations: dict[str, str] | None = None,
+        privileged: bool = False,
+        device_rules: list[Json] | None = None,
         cdi_injected: bool = False,
     ) -> None:
-        self.env = env
-        self.mounts = mounts
-        self.annotations = annotations
+        self.env = env or {}
+        self.mounts = mounts or []
+        self.annotations = annotations or {}
         self.privileged = privileged
         self.rootfs = rootfs
-        self.device_rules = device_rules
+        self.device_rules = device_rules or []
         self.cdi_injected = cdi_injected
 
     def allows(self, major: int, minor: int) -> bool:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import sys
 
-from nvhook import audit, spec
+from nvhook import audit, request, spec
 from nvhook import config as configuration
 from nvhook.errors import NvhookError, RuntimeLookupError
 
@@ -23,9 +23,8 @@ if TYPE_CHECKING:
     from nvhook.audit import Audit
     from nvhook.config import Config
     from nvhook.edits import Device
-    from nvhook.gpus import Gpus, Selection
-    from nvhook.request import Request
     from nvhook.spec import Json
+    from nvhook.start import Start
 
 _PROGRAM = "nvidia-container-runtime"
 _USUAL_PLACES = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
@@ -66,32 +65,7 @@ class Call:
         self.arguments = arguments
 
 
-class Task:
-    """What `edit` has found out about a container, for a process that prepares its start (ahead.py)."""
-
-    __slots__ = ("asked", "bundle", "chosen", "config", "described", "gpus", "id")
-
-    def __init__(
-        self,
-        config: Config,
-        described: spec.Spec,
-        asked: Request,
-        gpus: Gpus,
-        chosen: Selection,
-        *,
-        bundle: str,
-        id: str,  # noqa: A002 - OCI's name
-    ) -> None:
-        self.config = config
-        self.described = described
-        self.asked = asked
-        self.gpus = gpus
-        self.chosen = chosen
-        self.bundle = bundle
-        self.id = id
-
-
-def main(call: Call, stay: Callable[[Task], str] | None = None) -> int:
+def main(call: Call, stay: Callable[[Start, str], str] | None = None) -> int:
     """Edit the container's config.json: 0, or 1 with the error on stderr and in the runtime's log. `stay`: see edit."""
     warnings: list[str] = []
     log = Log(call.arguments)
@@ -103,13 +77,12 @@ def main(call: Call, stay: Callable[[Task], str] | None = None) -> int:
         _look_up(call, config)
         # The container's id is the last word of runc's command line.
         trail = audit.Audit(config, _PROGRAM, call.arguments[-1], log.write)
-        edit(call, config, warnings, trail, stay)
+        start = edit(call, config, warnings, trail, stay)
         log.warn(warnings)
-        trail.grant()
+        if start:
+            trail.grant(start.chosen)
         return 0
     except NvhookError as error:
-        if trail and trail.chosen:
-            take_back(config, call.arguments[-1])
         log.warn(warnings)
         if trail:
             trail.refuse(str(error))
@@ -156,48 +129,61 @@ def _look_up(call: Call, config: Config) -> None:
 
 
 def edit(
-    call: Call, config: Config, warnings: list[str], trail: Audit, stay: Callable[[Task], str] | None = None
-) -> None:
-    """Change the config.json of the bundle that `call` names, if its container asks for GPUs.
+    call: Call, config: Config, warnings: list[str], trail: Audit, stay: Callable[[Start, str], str] | None = None
+) -> Start | None:
+    """Change the config.json of the bundle that `call` names; None, and nothing changed, if its container asks for no
+    GPUs.
 
-    `stay` is given by a process that can prepare the start while the low-level runtime makes the container. It returns
-    the number by which the hook finds that process, or nothing.
+    `stay` is given by a process that can prepare the start while the low-level runtime makes the container. It takes
+    the start and the bundle's path, and returns the number by which the hook finds that process, or nothing.
     """
-    place = bundle.directory(call.arguments)
-    document, status = spec.read_config(place)
-    described = spec.parse(document, place)
-    asked = trail.read(described, warnings)
+    directory = bundle.directory(call.arguments)
+    document, status = spec.read_config(directory)
+    described = trail.spec = spec.parse(document, directory)
+    known = len(warnings)
+    asked = request.read(described, config, warnings)
+    trail.begin(asked, warnings[known:])
     if asked is None:
-        return
-    from nvhook import caps, dri, features, host, kmods, plan, selection  # only for a container that asks
+        return None
+    from nvhook import kmods, plan  # only for a container that asks
+    from nvhook.start import Start
 
-    gpus = host.read(config, asked, warnings)
-    chosen = trail.chosen = selection.choose(config, asked, gpus, warnings)
-    extras = [caps.find(config, asked, chosen, gpus), features.find(config, asked, warnings)]
-    nodes = plan.devices(asked, chosen.gpus, gpus, dri.find(config, asked, chosen.gpus), extras)
-    made = kmods.make_nodes(config, nodes, warnings, call.arguments[-1])
-    child = stay(Task(config, described, asked, gpus, chosen, bundle=place, id=call.arguments[-1])) if stay else ""
-    _complete(call, config, document, nodes, child, is_provisional=made is not None)
-    bundle.write(place, document, status)
+    start = Start(config, described, asked, call.arguments[-1], warnings)
+    start.choose()
+    nodes = plan.devices(asked.capabilities, start.chosen.gpus, start.offers)
+    start.made = kmods.make_nodes(config, nodes, warnings, start.id)
+    try:
+        _add_rules(document, start, nodes)
+        _add_hooks(document, start, call.hook, stay(start, directory) if stay else "")
+        bundle.write(directory, document, status)
+    except BaseException:
+        start.take_back()
+        raise
+    return start
 
 
-def _complete(
-    call: Call, config: Config, document: Json, nodes: list[Device], child: str, *, is_provisional: bool
-) -> None:
-    """Rules, groups and hooks. What was made on the host and `is_provisional` stays when the container's program runs
-    (poststart), and goes when the container is deleted before that (poststop)."""
-    if not config.no_cgroups:
-        bundle.add_device_rules(document, [node.rule() for node in nodes])
-    if not config.no_additional_gids:
+def _add_rules(document: Json, start: Start, nodes: list[Device]) -> None:
+    """The device cgroup's rules, also to the record that the hook goes by, and the groups of nodes."""
+    if not start.config.no_cgroups:
+        rules = [node.rule() for node in nodes]
+        bundle.add_device_rules(document, rules)
+        start.spec.device_rules = start.spec.device_rules + rules
+    if not start.config.no_additional_gids:
         bundle.add_groups(document, [node.gid for node in nodes if node.needs_group()])
+
+
+def _add_hooks(document: Json, start: Start, hook: str, child: str) -> None:
+    """What was made on the host, and is provisional, stays when the container's program runs (poststart), and goes when
+    the container is deleted before that (poststop)."""
+    config = start.config
     first = ["--child", child] if child else []
     which = ["--config", os.path.abspath(config.path)] if config.path else []
-    bundle.add_hook(document, "prestart", call.hook, [*first, "--no-audit", *which], HOOK_ENV)
-    if is_provisional:
-        bundle.add_hook(document, "poststart", call.hook, ["--made", *which], HOOK_ENV)
-        bundle.add_hook(document, "poststop", call.hook, ["--made", *which], HOOK_ENV)
+    bundle.add_hook(document, "prestart", hook, [*first, "--no-audit", *which], HOOK_ENV)
+    if start.made:
+        bundle.add_hook(document, "poststart", hook, ["--made", *which], HOOK_ENV)
+        bundle.add_hook(document, "poststop", hook, ["--made", *which], HOOK_ENV)
     else:
-        bundle.add_hook(document, "poststop", call.hook, ["--state-dir", config.state_dir], HOOK_ENV)
+        bundle.add_hook(document, "poststop", hook, ["--state-dir", config.state_dir], HOOK_ENV)
 
 
 class Log:

@@ -18,7 +18,9 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from .create import Call, Task
+    from nvhook.start import Start
+
+    from .create import Call
 
 
 def main(words: list[str]) -> None:
@@ -51,7 +53,7 @@ def parse(words: list[str]) -> Call | None:
     return Call(hook, chosen or config_path, bool(chosen), server, candidates, runtime, arguments)
 
 
-def run(words: list[str], call: Call | None, stay: Callable[[Task], str] | None = None) -> int:
+def run(words: list[str], call: Call | None, stay: Callable[[Start, str], str] | None = None) -> int:
     """All but the last step of `edit` and `pass`; the exit status. `stay`: see create.edit."""
     if not call:
         from nvhook import hook

@@ -35,8 +35,9 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from nvhook.start import Start
+
     from .ahead import Ahead
-    from .create import Task
 
 _IDLE = 300  # seconds without work, after which the server ends
 _LIMIT = 60  # seconds for one piece of work; then SIGALRM ends the child
@@ -322,7 +323,7 @@ class Worker:
         self._null_streams = null_streams
         self._own = own
         self._code = code
-        self._task: Task | None = None
+        self._task: tuple[Start, str] | None = None
         self._socket = ""
         self.listener: _socket.socket
 
@@ -344,35 +345,35 @@ class Worker:
         if not status:
             self._be_ahead(caller.process)
 
-    def stay(self, task: Task) -> str:
+    def stay(self, start: Start, directory: str) -> str:
         """For create.edit: the socket for the hook is there before config.json names it. Empty where none can be."""
         from nvhook import container_dir
 
-        if not container_dir.is_id(task.id):
+        if not container_dir.is_id(start.id):
             return ""
         self._socket = f"{self._place}/child-{os.getpid()}"
         try:
             self.listener = _listen(self._socket)
         except OSError:
             return ""
-        self._task = task
+        self._task = start, directory
         return str(os.getpid())
 
-    def stay_alone(self, task: Task) -> str:
+    def stay_alone(self, start: Start, directory: str) -> str:
         """The same for a process that becomes the low-level runtime: another one prepares, which it does not know."""
         runtime = os.pidfd_open(os.getpid())
         told, tell = os.pipe2(os.O_CLOEXEC)
-        _fork_twice(lambda: self._prepare_alone(task, runtime, tell))
+        _fork_twice(lambda: self._prepare_alone(start, directory, runtime, tell))
         os.close(tell)
         number = os.read(told, 16).decode()
         for fd in (told, runtime):
             os.close(fd)
         return number
 
-    def _prepare_alone(self, task: Task, runtime: int, tell: int) -> None:
+    def _prepare_alone(self, start: Start, directory: str, runtime: int, tell: int) -> None:
         os.setsid()
         signal.alarm(_LIMIT)
-        os.write(tell, self.stay(task).encode())
+        os.write(tell, self.stay(start, directory).encode())
         self._null_streams.take()
         _close_others([runtime, self.listener.fileno(), *self._null_streams.descriptors()])
         self._be_ahead(runtime)
@@ -383,7 +384,7 @@ class Worker:
         from . import ahead
 
         _be_called("nvhook-ahead")
-        prepared = ahead.Ahead(self._task)
+        prepared = ahead.Ahead(*self._task)
         while self.listener.fileno() in readable([self.listener.fileno(), runtime]):
             if self._serve_hook(prepared):
                 return

@@ -27,6 +27,7 @@ from nvhook.edits import Edit
 from nvhook.errors import NvhookError
 from nvhook.linux import kernel, mountinfo
 from nvhook.linux.root import DIRECTORY, Root
+from nvhook.start import Start
 from simhost import cachewriter
 
 HOST = "workstation"
@@ -153,13 +154,14 @@ class Place:
         arrange()
         before = _mounts()
         container = self._container()
-        edits = self.plan(container)
+        settings = config.load(str(self.settings))
+        edits = self.plan(container, settings)
         allowed = _Allowed(edits, before, self)
         watch(edits)
         line = ""
         try:
             for edit in edits:
-                edit.examine(container)
+                edit.prepare(settings, container.root, container)
             apply(edits, container)
         except NvhookError as error:
             line = str(error)
@@ -193,16 +195,14 @@ class Place:
             found += [Path(directory, name) for name in (*directories, *names)]
         return found
 
-    def plan(self, container: Container) -> list[Edit]:
-        settings = config.load(str(self.settings))
-        asked = request.read(self._spec(), settings)
+    def plan(self, container: Container, settings: config.Config) -> list[Edit]:
+        described = spec.Spec(env=self.env, rootfs=str(self.root))
+        asked = request.read(described, settings)
         assert asked is not None
-        return prestart.prepare(settings, asked, container.root, container.layout, [], start="").edits
-
-    def _spec(self) -> spec.Spec:
-        return spec.Spec(
-            env=self.env, mounts=[], annotations={}, privileged=False, rootfs=str(self.root), device_rules=[]
-        )
+        start = Start(settings, described, asked, "", [])
+        start.choose()
+        prestart.prepare(start, container.root)
+        return start.edits
 
     def _container(self) -> Container:
         root = Root(os.open(self.root, DIRECTORY), container_module.SECONDS)
@@ -211,7 +211,6 @@ class Place:
             namespace=-1,
             root=root,
             rootfs=str(self.root),
-            layout=container_module.layout(root),
             owner=(0, 0),
             in_userns=False,
             rootless=False,

@@ -23,12 +23,11 @@ from hypothesis import strategies as st
 from conftest import DEVICES, HOSTS, VERSION_LINE
 from nvhook import (
     audit,
-    caps,
     cleanup,
     compat,
-    dri,
     errors,
     gpus,
+    host,
     inventory,
     mig,
     nvml,
@@ -45,9 +44,10 @@ from nvhook.commands.cdi import files as cdifiles
 from nvhook.commands.configure import configcheck, documents
 from nvhook.container import Layout
 from nvhook.errors import NvhookError
-from nvhook.gpus import Gpu, Gpus
+from nvhook.gpus import Gpu, Gpus, Selection
 from nvhook.linux import cgroups, devprog, elf, identity, ldcache, ldmerge, mountinfo, symver
 from nvhook.linux.root import DIRECTORY, Root
+from nvhook.offers import Offers
 from nvhook.requirements import Facts
 from nvruntime import bundle, server
 from security import mutations
@@ -492,9 +492,8 @@ def compat_directory(names: set[str]) -> None:
         with contextlib.suppress(OSError, ValueError):
             (directory / name.replace("/", "-")).touch()
     root = Root(os.open(_place() / "image", DIRECTORY))
-    asked = request.Request(("all",), ("compute",), (), "")
     try:
-        compat.find(configuration.load("/nonexistent"), asked, root, "550.54.14", set, [])
+        compat.find(configuration.load("/nonexistent"), ("compute",), root, "550.54.14", set, [])
     finally:
         os.close(root.fd)
 
@@ -560,14 +559,13 @@ def proc_files(value: tuple[dict[str, str], list[str], list[str]]) -> None:
         found = gpus.read(str(top))
         chosen = gpus.select(("all",), found, lambda _again: _REPORT)
         requirements.facts_of(found.driver_version)
-        nodes = plan.devices(
-            asked, chosen.gpus, found, dri.find(config, asked, chosen.gpus), [caps.find(config, asked, chosen, found)]
-        )
+        offers = host.now(config, asked, chosen, found, [])
+        nodes = plan.devices(asked.capabilities, chosen.gpus, offers)
         for node in nodes:
             os.makedev(node.major, node.minor)
         root = Root(os.open(_place() / "host", DIRECTORY))
         try:
-            compat.find(config, asked, root, found.driver_version, chosen.brands, [])
+            compat.find(config, asked.capabilities, root, found.driver_version, chosen.brands, [])
         finally:
             os.close(root.fd)
 
@@ -786,8 +784,8 @@ def kept_inventory(document: Any) -> None:
     with contextlib.suppress(NvhookError):
         driver = inventory.load(config, "580.1.2", [], keep=False)
         asked = request.Request(("all",), configuration.CAPABILITIES, (), "")
-        host = Gpus("580.1.2", _HOST.gpus, {"nvidia-uvm": 511}, (0, 0, 0o666))
-        edits = plan.make(asked, host.gpus, host, driver, Layout("/usr/lib64", "/usr/lib32"))
+        offers = Offers(Gpus("580.1.2", _HOST.gpus, {"nvidia-uvm": 511}, (0, 0, 0o666)))
+        edits = plan.make(asked, Selection(_HOST.gpus, []), offers, driver, Layout("/usr/lib64", "/usr/lib32"))
         quickjson.dumps([edit.describe() for edit in edits])
 
 

@@ -116,7 +116,7 @@ def test_audit_has_a_limit(tmp_path: Path, text: str) -> None:
         path.write_text(f"nvidia-container-runtime.debug = '{tmp_path}/log'\nnvhook.dev-root = '{tmp_path}'\n")
         trail = audit.Audit(config.load(str(path)), "hook", "the-container")
         names = tuple(f"MIG-{number}" for number in range(1000))
-        trail.expect(request.Request(names, (), (), text, imex_channels=tuple(range(2048))))
+        trail.begin(request.Request(names, (), (), text, imex_channels=tuple(range(2048))))
         trail.refuse(str(DeviceError(f"unknown device `{text}`", "this host has none")))
         datagram = syslog.recv(1 << 16)
         entry = (tmp_path / "log").read_bytes()

@@ -233,8 +233,10 @@ def test_audit_names_the_key_of_a_request_that_is_dropped(tmp_path: Path) -> Non
     (tmp_path / "config.toml").write_text(policy)
     trail = audit.Audit(config.load(str(tmp_path / "config.toml")), "hook", "name")
     described = spec.parse(_document({"cdi.k8s.io/smuggled": "nvidia.com/gpu=all"}), "/b")
-    assert trail.read(described, []) is None
-    trail.grant()
+    dropped: list[str] = []
+    trail.spec = described
+    assert request.read(described, config.load(str(tmp_path / "config.toml")), dropped) is None
+    trail.begin(None, dropped)
     (line,) = log.read_text().splitlines()
     told = json.loads(line.partition(" msg=")[2])
     assert told.startswith('hook: GPUs refused: container="name" asked_by="annotations cdi.k8s.io/smuggled" why="annot')

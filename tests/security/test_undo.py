@@ -26,6 +26,7 @@ sys.path[:0] = [{str(REPOSITORY / "hook")!r}, {str(REPOSITORY / "tests")!r}]
 sys.path.append({str(REPOSITORY / "hook/packages")!r})
 from containers import tree
 from nvhook import config, container, edits, errors, hook, prestart, request, spec
+from nvhook.start import Start
 
 
 class Broken(edits.Edit):
@@ -59,9 +60,12 @@ def break_at_every(output):
         if child == 0:
             asked = request.read(described, settings, [])
             place = container.find(state.pid, described.rootfs)
-            wanted = prestart.prepare(settings, asked, place.root, place.layout, [], start="").edits
+            start = Start(settings, described, asked, "", [])
+            start.choose()
+            prestart.prepare(start, place.root)
+            wanted = start.edits
             for edit in wanted:
-                edit.examine(place)
+                edit.prepare(settings, place.root, place)
             place.enter()
             before = look(place.rootfs)
             try:

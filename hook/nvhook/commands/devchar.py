@@ -14,7 +14,7 @@ from pathlib import Path
 from nvhook import gpus, plan
 from nvhook.config import CAPABILITIES
 from nvhook.errors import ConfigError, DeviceError, reason
-from nvhook.request import Request
+from nvhook.offers import Offers
 
 from . import load
 
@@ -88,7 +88,7 @@ def possible(config: Config, dev: Path) -> list[tuple[Path, str]]:
     devices: list[Device] = []
     for capability in CAPABILITIES:
         try:
-            devices += plan.devices(Request(("all",), (capability,), (), ""), host.gpus, host)
+            devices += plan.devices((capability,), host.gpus, Offers(host))
         except DeviceError:
             continue  # without nvidia-uvm, whose number is not known then
     found = {dev / item.path.removeprefix("/dev/"): f"{item.major}:{item.minor}" for item in devices}

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     import argparse
 
     from nvhook.commands import Subparsers
-    from nvhook.commands.survey import Survey
+    from nvhook.start import Start
 
 
 def add(commands: Subparsers) -> None:
@@ -55,13 +55,13 @@ def _described(options: argparse.Namespace) -> spec.Spec:
     return spec.parse(spec.read_config(options.bundle)[0], options.bundle)
 
 
-def document(made: Survey | None) -> dict[str, object]:
+def document(made: Start | None) -> dict[str, object]:
     """The object of `--json`, the same bytes for the same container on the same host."""
     if made is None:
         return {"request": None, "driver": None, "gpus": [], "edits": []}
     migs = made.chosen.migs
     return {
-        "request": made.asked.describe(),
+        "request": made.request.describe(),
         "driver": {"version": made.driver.version},
         "gpus": [gpu.describe() for gpu in made.chosen.gpus],
         **({"mig_devices": [item.describe() for item in migs]} if migs else {}),

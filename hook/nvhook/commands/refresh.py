@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from nvhook import host, inventory
 from nvhook.errors import DeviceError
-from nvhook.request import Request
 
 from . import load
 
@@ -32,7 +31,7 @@ def add(commands: Subparsers) -> None:
 def run(options: argparse.Namespace, warnings: list[str]) -> int:
     config = load(options, warnings)
     try:
-        gpus = host.read(config, Request(("all",), (), (), "refresh"), warnings, modprobe="")
+        gpus = host.read(config, (), warnings, modprobe="")
     except DeviceError as error:
         print(f"No driver yet: {error.message}. The first start after its installation makes the inventory.")
         return 0

@@ -13,14 +13,16 @@ from __future__ import annotations
 
 import os
 
-from nvhook import caps, container, dri, host, inventory, kmods, mig, plan, selection, sockets
 from nvhook import gpus as hosts
+from nvhook import host, inventory, kmods, mig, plan, selection
 from nvhook.edits import Mount, Symlink
 from nvhook.errors import DriverError, RequestError, reason
 from nvhook.gpus import Selection
 from nvhook.linkercache import Ldcache
 from nvhook.linux.root import DIRECTORY, Root
 from nvhook.request import Request
+from nvhook.spec import Spec
+from nvhook.start import Start
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -28,7 +30,6 @@ if TYPE_CHECKING:
     from typing import Any
 
     from nvhook.config import Config
-    from nvhook.container import Layout
     from nvhook.edits import Device, Edit
     from nvhook.gpus import Gpus
     from nvhook.mig import MigDevice
@@ -88,27 +89,29 @@ class Wanted:
 def make(config: Config, wanted: Wanted, warnings: list[str]) -> Json:
     """The specification, the same for the same host. As for a container start, kernel modules are loaded, missing nodes
     of the host made, and the inventory kept: what is named here has to be there when an engine looks for it."""
-    asked = Request(("all",), wanted.capabilities, (), "CDI")
-    gpus = host.read(config, asked, warnings)
+    request = Request(("all",), wanted.capabilities, (), "CDI")
+    start = Start(config, Spec(rootfs=config.driver_root), request, "", warnings)
+    gpus = start.gpus = host.read(config, request.capabilities, warnings)
     gpus.gpus = _identified(config, gpus, wanted, warnings)
-    everything = hosts.select(asked.devices, gpus, mig.reporter(config, gpus, warnings))
-    edits = _edits(config, asked, gpus, everything, warnings)
-    control = _nodes(config, asked, gpus, Selection([], []))
-    nodes = _nodes(config, asked, gpus, everything)
+    start.chosen = hosts.select(request.devices, gpus, mig.reporter(config, gpus, warnings))
+    start.offers = host.now(config, request, start.chosen, gpus, warnings)
+    _draw(start)
+    control = _nodes(start, Selection([], []))
+    nodes = _nodes(start, start.chosen)
     kmods.make_nodes(config, nodes, warnings)
     shared = [] if len(control) == len(nodes) else control  # on WSL 2 one node is all there is, and no device is empty
     document: Json = {
         "cdiVersion": "",
         "kind": wanted.kind,
         "devices": [
-            {"name": name, "containerEdits": _node_edits(config, _nodes(config, asked, gpus, chosen), shared)}
-            for name, chosen in _devices(config, gpus, everything, wanted, warnings)
+            {"name": name, "containerEdits": _node_edits(config, _nodes(start, chosen), shared)}
+            for name, chosen in _devices(start, wanted)
         ],
         "containerEdits": {
             "env": _ENV,
             **_node_edits(config, shared, []),
-            "mounts": [_mount(edit) for edit in edits if isinstance(edit, Mount)],
-            "hooks": [_hook(edits, wanted)],
+            "mounts": [_mount(edit) for edit in _mounts(start)],
+            "hooks": [_hook(start.edits, wanted)],
         },
     }
     document["cdiVersion"] = _version(document, wanted.version)
@@ -122,51 +125,44 @@ def _identified(config: Config, gpus: Gpus, wanted: Wanted, warnings: list[str])
     return selection.identified(gpus.gpus, inventory.report(config, gpus, None, warnings))
 
 
-def _edits(config: Config, asked: Request, gpus: Gpus, everything: Selection, warnings: list[str]) -> list[Edit]:
+def _draw(start: Start) -> None:
     """An inventory that names a file which has gone is made again, once."""
-    for again in (False, True):
-        edits = plan.make(
-            asked,
-            everything.gpus,
-            gpus,
-            inventory.load(config, gpus.driver_version, warnings, again=again),
-            _layout(config.driver_root),
-            dri_nodes=dri.find(config, asked, everything.gpus),
-            sockets=sockets.find(config.driver_root),
-        )
-        lost = [edit.source for edit in edits if isinstance(edit, Mount) and not os.path.exists(edit.source)]
-        if not lost:
-            return edits
+    config = start.config
+    try:
+        root = Root(os.open(config.driver_root, DIRECTORY))
+    except OSError as error:
+        raise DriverError(f"open the driver root `{config.driver_root}`: {reason(error)}") from None
+    try:
+        for again in (False, True):
+            start.draw(root, again=again)
+            lost = [edit.source for edit in _mounts(start) if not os.path.exists(edit.source)]
+            if not lost:
+                return
+    finally:
+        os.close(root.fd)
     raise DriverError(f"`{lost[0]}` disappeared while the specification was made", "reinstall the driver")
 
 
-def _layout(driver_root: str) -> Layout:
-    try:
-        root = Root(os.open(driver_root, DIRECTORY))
-    except OSError as error:
-        raise DriverError(f"open the driver root `{driver_root}`: {reason(error)}") from None
-    try:
-        return container.layout(root)
-    finally:
-        os.close(root.fd)
+def _mounts(start: Start) -> list[Mount]:
+    """What is inside a cover of ours the hook mounts."""
+    return [edit for edit in start.edits if isinstance(edit, Mount) and not edit.inside]
 
 
-def _nodes(config: Config, asked: Request, gpus: Gpus, chosen: Selection) -> list[Device]:
-    extras = [caps.find(config, asked, chosen, gpus)]
-    return plan.devices(asked, chosen.gpus, gpus, dri.find(config, asked, chosen.gpus), extras)
+def _nodes(start: Start, chosen: Selection) -> list[Device]:
+    offers = host.now(start.config, start.request, chosen, start.gpus, start.warnings)
+    return plan.devices(start.request.capabilities, chosen.gpus, offers)
 
 
-def _devices(
-    config: Config, gpus: Gpus, everything: Selection, wanted: Wanted, warnings: list[str]
-) -> Iterator[tuple[str, Selection]]:
+def _devices(start: Start, wanted: Wanted) -> Iterator[tuple[str, Selection]]:
     """By name. A GPU that is divided into MIG devices is of no use by itself, and has no name."""
+    gpus = start.gpus
     for gpu in gpus.gpus:
         if gpu.minor not in gpus.instances:
             yield from ((name, Selection([gpu], [])) for name in _names(wanted, _GPU_NAMES, gpu))
     if gpus.instances:
-        for item in mig.named(gpus, mig.reporter(config, gpus, warnings)):
+        for item in mig.named(gpus, mig.reporter(start.config, gpus, start.warnings)):
             yield from ((name, Selection([item.gpu], [item])) for name in _names(wanted, _MIG_NAMES, item))
-    yield "all", everything
+    yield "all", start.chosen
 
 
 def _names(wanted: Wanted, names: dict[str, Callable[[Any], str]], thing: hosts.Gpu | MigDevice) -> list[str]:

@@ -21,6 +21,8 @@ from nvhook.edits import Device, Edit, Mount
 from nvhook.errors import NvhookError
 from nvhook.linux import kernel
 from nvhook.request import Request
+from nvhook.spec import Spec
+from nvhook.start import Start
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -36,40 +38,39 @@ class _PermissionError(NvhookError):
 
 def configure(options: argparse.Namespace, config: Config, warnings: list[str], log: Log) -> None:
     """All that is asked for, or an NvhookError and nothing."""
-    asked = _request(options)
+    start = Start(config, Spec(rootfs=options.rootfs), _request(options), options.rootfs, warnings)
     _adapt(config, options, warnings)
     _must_mount()
     trail = audit.Audit(config, NAME, options.rootfs)
-    trail.expect(asked)
+    trail.begin(start.request)
     try:
-        _apply(options, config, asked, warnings, trail, log)
+        _apply(options, start, log)
     except NvhookError as error:
         trail.refuse(str(error))
         raise
-    trail.grant()
+    trail.grant(start.chosen)
 
 
-def _apply(
-    options: argparse.Namespace, config: Config, asked: Request, warnings: list[str], trail: audit.Audit, log: Log
-) -> None:
+def _apply(options: argparse.Namespace, start: Start, log: Log) -> None:
     place = container.find(options.pid, options.rootfs) if options.pid else container.here(options.rootfs)
-    ahead = prestart.prepare(config, asked, place.root, place.layout, warnings, start=options.rootfs)
-    trail.chosen = ahead.chosen
-    nodes = [edit for edit in ahead.edits if isinstance(edit, Device)]
-    edits = [edit for edit in ahead.edits if not _is_left_out(options, edit)]
-    for edit in edits if log else ():
+    start.choose()
+    prestart.prepare(start, place.root)
+    nodes = start.nodes()
+    start.edits = [edit for edit in start.edits if not _is_left_out(options, edit)]
+    for edit in start.edits if log else ():
         log.write("info", plan.sentence(edit.describe()))
     if nodes and not options.pid and not options.no_cgroups:
-        warnings.append("the device cgroup is the caller's own without --pid, and stays as it is; say --no-cgroups")
-    place.lock = container_dir.lock_without_note(config.state_dir, place)
+        what = "the device cgroup is the caller's own without --pid, and stays as it is"
+        start.warnings.append(f"{what}; say --no-cgroups")
+    place.lock = container_dir.lock_without_note(start.config.state_dir, place)
     try:
         with place.lock:
-            prestart.change(config, place, edits, nodes if options.pid else [])
+            prestart.change(start, place, nodes if options.pid else [])
     except BaseException:
-        ahead.take_back()
+        start.take_back()
         raise
-    if ahead.made:
-        ahead.made.keep()
+    if start.made:
+        start.made.keep()
 
 
 def _is_left_out(options: argparse.Namespace, edit: Edit) -> bool:

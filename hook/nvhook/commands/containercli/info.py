@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import os
 
-from nvhook import caps, gpus, host, inventory, plan, requirements, selection, sockets
+from nvhook import caps, host, inventory, plan, requirements, selection, sockets
 from nvhook.commands.containercli import options as containeroptions
 from nvhook.errors import DriverError
+from nvhook.offers import Offers
 from nvhook.request import Request
 
 TYPE_CHECKING = False
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from nvhook.driver import Driver
     from nvhook.gpus import Gpu, Gpus, Selection
     from nvhook.nvml import Device, Report
+    from nvhook.offers import HostFile, HostNode
 
 _UNKNOWN = "Unknown"
 _BRANDS = {
@@ -41,7 +43,7 @@ def _request(options: argparse.Namespace, devices: tuple[str, ...], capabilities
 
 
 def info(options: argparse.Namespace, config: Config, warnings: list[str]) -> None:
-    found = host.read(config, _request(options, ("all",), ()), warnings)
+    found = host.read(config, (), warnings)
     report = _report(config, found, warnings)
     cuda = report.cuda if report else requirements.facts_of(found.driver_version).cuda
     told = {device.pci.lower(): device for device in report.devices} if report else {}
@@ -117,9 +119,9 @@ def list_all(options: argparse.Namespace, config: Config, warnings: list[str]) -
     """One path a line, without the driver root; each once."""
     _complete(options)
     asked = _request(options, containeroptions.devices(options), ("compute", "display"))
-    found = host.read(config, asked, warnings)
+    found = host.read(config, asked.capabilities, warnings)
     chosen = selection.choose(config, asked, found, warnings, keep=_may_keep())
-    paths = _nodes(asked, chosen, found) if options.device else []
+    paths = _nodes(asked.capabilities, chosen, found) if options.device else []
     paths += _capabilities(options, config, chosen, found)
     if options.libraries or options.binaries or options.ipcs or options.firmwares:
         paths += _files(options, config, inventory.load(config, found.driver_version, warnings, keep=_may_keep()))
@@ -134,11 +136,11 @@ def _complete(options: argparse.Namespace) -> None:
         options.libraries = options.binaries = options.ipcs = options.firmwares = options.compat32 = True
 
 
-def _nodes(asked: Request, chosen: Selection, found: Gpus) -> list[str]:
+def _nodes(capabilities: tuple[str, ...], chosen: Selection, found: Gpus) -> list[str]:
     """The driver's own first, and not those of a module that is not loaded."""
     if "nvidia-uvm" not in found.majors:
-        asked = Request(asked.devices, ("display",), (), asked.origin)
-    paths = [node.path for node in plan.devices(asked, chosen.gpus, found)]
+        capabilities = ("display",)
+    paths = [node.path for node in plan.devices(capabilities, chosen.gpus, Offers(found))]
     own = {f"/dev/nvidia{gpu.minor}" for gpu in chosen.gpus}
     return [path for path in paths if path not in own] + [path for path in paths if path in own]
 
@@ -148,18 +150,15 @@ def _capabilities(options: argparse.Namespace, config: Config, chosen: Selection
     rights = containeroptions.mig_rights(options)
     paths = []
     for mig in () if rights else chosen.migs:
-        paths += _extra(config, Request((), (), (), ""), gpus.Selection([mig.gpu], [mig]), found)
-    channels = Request((), (), (), "", imex_channels=containeroptions.imex_channels(options))
-    paths += _extra(config, channels, gpus.Selection([], []), found)
+        paths += _paths(*caps.of_instances(config, [mig], found))
+    paths += _paths(caps.of_channels(config, containeroptions.imex_channels(options), found), [])
     for right in rights:
-        request = Request(containeroptions.devices(options), (), (), "", mig_rights=(right,))
-        paths += _extra(config, request, chosen, found)
+        paths += _paths(*caps.of_rights(config, (right,), containeroptions.devices(options), chosen, found))
     return paths
 
 
-def _extra(config: Config, request: Request, chosen: Selection, found: Gpus) -> list[str]:
-    extra = caps.find(config, request, chosen, found)
-    return [item.destination for item in extra.data] + [node.path for node in extra.nodes]
+def _paths(nodes: list[HostNode], files: list[HostFile]) -> list[str]:
+    return [item.destination for item in files] + [node.path for node in nodes]
 
 
 def _files(options: argparse.Namespace, config: Config, driver: Driver) -> list[str]:

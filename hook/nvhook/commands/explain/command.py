@@ -25,9 +25,9 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from nvhook.commands import Subparsers
     from nvhook.commands.explain.subject import Subject
-    from nvhook.commands.survey import Survey
     from nvhook.config import Config
     from nvhook.linux.root import Root
+    from nvhook.start import Start
 
 _EPILOG = """\
 examples:
@@ -64,7 +64,7 @@ def run(options: argparse.Namespace, warnings: list[str]) -> int:
         subject = _subject(options, empty)
         asked = reasons.sources(subject.described, config, subject.origin_of)
         fault: NvhookError | None = None
-        made: Survey | None = None
+        made: Start | None = None
         if subject.is_served:
             try:
                 made = survey.make(subject.described, config, warnings)
@@ -102,13 +102,13 @@ def _subject(options: argparse.Namespace, empty: str) -> Subject:
 
 
 def _document(
-    subject: Subject, asked: list[reasons.Source], made: Survey | None, fault: NvhookError | None, config: Config
+    subject: Subject, asked: list[reasons.Source], made: Start | None, fault: NvhookError | None, config: Config
 ) -> dict[str, object]:
     base = plan.document(made)
     told: dict[str, object] = {
         "container": subject.container,
         "asked": [item.describe() for item in asked],
-        "origin": made.asked.origin if made else "",
+        "origin": made.request.origin if made else "",
         "request": base["request"],
         "driver": base["driver"],
         "gpus": base["gpus"],
@@ -137,8 +137,8 @@ def _document(
     return told
 
 
-def _findings(subject: Subject, made: Survey, config: Config) -> list[fitness.Finding]:
-    found = fitness.examine(made.asked, made.driver, made.root, made.layout, made.compat, thorough=True)
+def _findings(subject: Subject, made: Start, config: Config) -> list[fitness.Finding]:
+    found = fitness.examine(made.request, made.driver, made.root, made.layout, thorough=True)
     return found + _built_in(subject, made) + _cache_alone(config)
 
 
@@ -151,7 +151,7 @@ def _cache_alone(config: Config) -> list[fitness.Finding]:
     ]
 
 
-def _built_in(subject: Subject, made: Survey) -> list[fitness.Finding]:
+def _built_in(subject: Subject, made: Start) -> list[fitness.Finding]:
     """Directories in the container's own program (DT_RUNPATH) with a library that the driver has too."""
     path, header = _program(made.root, subject.arguments, subject.described.env.get("PATH", ""))
     if header is None:

@@ -15,10 +15,10 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from nvhook.commands.survey import Survey
     from nvhook.config import Config
     from nvhook.driver import Library
     from nvhook.spec import Spec
+    from nvhook.start import Start
 
 _ACCEPT_ENV = "accept-nvidia-visible-devices-envvar-when-unprivileged"
 _ACCEPT_MOUNTS = "accept-nvidia-visible-devices-as-volume-mounts"
@@ -143,9 +143,9 @@ def _toml(value: object) -> str:
 class Reasons:
     """What each edit of one plan is for."""
 
-    def __init__(self, made: Survey) -> None:
+    def __init__(self, made: Start) -> None:
         self._made = made
-        self._asked = made.asked.capabilities
+        self._asked = made.request.capabilities
         self._libraries = {item.path: item for item in made.driver.libraries}
         self._chains = {bits: _chains(made, bits) for bits in (64, 32)}
         self._places = self._of_files()
@@ -246,11 +246,11 @@ _NODES = (
 )
 
 
-def _chains(made: Survey, bits: int) -> dict[str, dict[str, list[str]]]:
+def _chains(made: Start, bits: int) -> dict[str, dict[str, list[str]]]:
     """SONAME -> capability that is asked for -> the shortest chain of NEEDED that leads there, itself at the end."""
     by_name = {item.soname or item.name: item for item in made.driver.libraries if item.bits == bits}
     found: dict[str, dict[str, list[str]]] = {}
-    for capability in made.asked.capabilities:
+    for capability in made.request.capabilities:
         seeds = discovery.SEEDS.get(capability, ())
         row = [[name] for name in by_name if name.partition(".so")[0] + ".so" in seeds]
         while row:

@@ -17,8 +17,9 @@ from nvhook.commands import load, terminal
 from nvhook.commands.info import overview
 from nvhook.config import CAPABILITIES
 from nvhook.errors import NvhookError, one_line
-from nvhook.gpus import Gpus, Selection
-from nvhook.request import FEATURES, Request
+from nvhook.gpus import Gpus
+from nvhook.offers import Offers
+from nvhook.request import FEATURES
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     from nvhook.config import Config
     from nvhook.driver import Driver
     from nvhook.edits import Device
-    from nvhook.extras import Node
+    from nvhook.offers import HostNode
 
 # In the order of the table -> the list of it in JSON.
 _KINDS = {
@@ -140,7 +141,7 @@ def run(options: argparse.Namespace, warnings: list[str]) -> int:
 
 def make(config: Config, warnings: list[str]) -> Listing:
     try:
-        found = host.read(config, overview.EVERYTHING, warnings, modprobe="")
+        found = host.read(config, CAPABILITIES, warnings, modprobe="")
     except NvhookError as error:
         return Listing("", [], [overview.without_driver(config.proc_root, error)])
     made = Listing(found.driver_version, [], overview.lacking(config, found))
@@ -205,9 +206,9 @@ def _nodes(config: Config, found: Gpus, missing: list[str]) -> list[Item]:
     """Those that a container with all GPUs gets for each capability and feature, made already or not."""
     items: dict[str, Item] = {}
     for name in CAPABILITIES:
-        asked = Request(("all",), (name,), (), "")
+        offers = Offers(found, dri=dri.find(config, found.gpus) if name in dri.DRAWING else [])
         try:
-            devices = plan.devices(asked, found.gpus, found, dri.find(config, asked, found.gpus))
+            devices = plan.devices((name,), found.gpus, offers)
         except NvhookError:
             continue  # without nvidia-uvm, which is among what is missing
         for device in devices:
@@ -218,17 +219,16 @@ def _nodes(config: Config, found: Gpus, missing: list[str]) -> list[Item]:
     return list(items.values())
 
 
-def _node(items: dict[str, Item], node: Device | Node) -> Item:
+def _node(items: dict[str, Item], node: Device | HostNode) -> Item:
     details: dict[str, object] = {"major": node.major, "minor": node.minor}
     return items.setdefault(node.path, Item("node", node.path, [], details=details))
 
 
-def _further(config: Config, found: Gpus, missing: list[str]) -> Iterator[tuple[str, list[Node]]]:
+def _further(config: Config, found: Gpus, missing: list[str]) -> Iterator[tuple[str, list[HostNode]]]:
     """(what asks for them, nodes): of MIG devices, and of the features that the host has."""
-    nothing = Request(("all",), (), (), "")
     try:
-        yield "mig", caps.find(config, nothing, Selection(found.gpus, mig.every(found)), found).nodes
+        yield "mig", caps.of_instances(config, mig.every(found), found)[0]
     except NvhookError as error:
         missing.append(overview.sentence(error))
     for name in FEATURES:
-        yield name, features.find(config, Request(("all",), (), (), "", features=(name,)), []).nodes
+        yield name, features.find(config, (name,), [])[0]

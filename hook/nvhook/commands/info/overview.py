@@ -18,14 +18,11 @@ from nvhook.config import CAPABILITIES, Config
 from nvhook.driver import Driver
 from nvhook.errors import DriverError, NvhookError, reason
 from nvhook.gpus import Gpus
-from nvhook.request import Request
+from nvhook.offers import Offers
 
 _NVIDIA = "0x10de"  # PCI vendor
 _DISPLAY = "0x03"  # PCI class: display controllers, which all GPUs are
 _SMALL = 64
-
-# What any container may come to ask for: modules and nodes of these are looked for.
-EVERYTHING = Request(("all",), CAPABILITIES, (), "")
 
 
 @dataclass
@@ -100,7 +97,7 @@ class Overview:
 def make(config: Config, warnings: list[str], files: Driver | None = None) -> Overview:
     """`files`: those of an earlier look, if there was one, which are not looked for again."""
     try:
-        found = host.read(config, EVERYTHING, warnings, modprobe="")
+        found = host.read(config, CAPABILITIES, warnings, modprobe="")
     except NvhookError as error:
         return Overview("none", [without_driver(config.proc_root, error)])
     made = Overview("linux" if found.dxg is None else "wsl2", lacking(config, found), found.driver_version)
@@ -160,13 +157,13 @@ def lacking(config: Config, found: Gpus) -> list[str]:
         return lacks
     if not found.gpus:
         lacks.append("the driver has no GPU; see `dmesg | grep -i nvrm`")
-    wanted = EVERYTHING
+    wanted: tuple[str, ...] = CAPABILITIES
     if "nvidia-uvm" not in found.majors:
         by_hand = "load it with `modprobe nvidia-uvm`"
         remedy = "the first container that computes loads it" if kmods.modprobe(config) else by_hand
         lacks.append(f"the nvidia-uvm kernel module is not loaded; {remedy}")
-        wanted = Request(("all",), ("utility",), (), "")
-    nodes = [node.path for node in plan.devices(wanted, found.gpus, found)]
+        wanted = ("utility",)
+    nodes = [node.path for node in plan.devices(wanted, found.gpus, Offers(found))]
     absent = [path for path in nodes if not os.path.lexists(config.dev_root.rstrip("/") + path)]
     if absent:
         lacks.append(f"no {', '.join(absent)}; the first container that gets them makes them")
