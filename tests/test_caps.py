@@ -9,13 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from nvhook import caps, gpus, mig
+from nvhook import caps, gpus, mig, selection
 from nvhook import config as configuration
 from nvhook.config import Config
 from nvhook.errors import DeviceError, NvhookError, RequestError
-from nvhook.gpus import Gpus, Selection
-from nvhook.nvml import Report
+from nvhook.gpus import Gpus
+from nvhook.report import Report
 from nvhook.request import Request
+from nvhook.selection import Selection
 
 FILES = "/proc/driver/nvidia/capabilities"
 CAPS = "/dev/nvidia-caps/nvidia-cap"
@@ -64,7 +65,7 @@ def _find(root: Path, request: Request, more: str = "") -> list[str]:
     """Nodes, then files: a file has to be the host's, by the same path."""
     config = _config(root, more)
     host = gpus.read(config.proc_root)
-    found, files = caps.find(config, request, gpus.select(request.devices, host, _asked_too_much), host)
+    found, files = caps.find(config, request, selection.select(request.devices, host, _asked_too_much), host)
     assert [f"{root}{item.destination}" for item in files] == [item.path for item in files]
     nodes = [f"{node.path} {node.major}:{node.minor} {node.owner[2]:o}" for node in found]
     return nodes + [item.destination.removeprefix(f"{FILES}/") for item in files]

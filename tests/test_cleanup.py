@@ -75,9 +75,9 @@ def start(
 
 def register(tmp_path: Path, state: State, begun: Container, warnings: list[str] | None = None) -> Container:
     said: list[str] = []
-    begun.lock = container_dir.lock(str(tmp_path / "state"), begun)
+    begun.lock_root(str(tmp_path / "state"))
     with begun.lock:
-        begun.directory = begun.lock.register(state, begun, said)
+        begun.directory = begun.lock.register(state, begun.proc, begun.rootfs, said)
     assert warnings is not None or said == []
     (warnings if warnings is not None else []).extend(said)
     return begun

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 import test_cleanup
-from nvhook import cleanup, container_dir
+from nvhook import cleanup, container_dir, root_lock
 from nvhook.errors import ContainerError, SpecError
 from nvhook.linux import identity
 from nvhook.linux.root import DIRECTORY
@@ -144,8 +144,8 @@ def test_what_an_earlier_version_left_is_no_obstacle(tmp_path: Path, rootfs: Pat
 
 def test_what_nobody_cleans_up_does_not_grow_without_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Containers whose process and root filesystem are gone, as after `docker run --gpus`."""
-    monkeypatch.setattr(container_dir, "_SWEEP_EVERY", 1)  # which starts sweep, a clock says
-    monkeypatch.setattr(container_dir, "_SWEPT", 2)
+    monkeypatch.setattr(root_lock, "_SWEEP_EVERY", 1)  # which starts sweep, a clock says
+    monkeypatch.setattr(root_lock, "_SWEPT", 2)
     counts = []
     for number in range(60):
         rootfs = tmp_path / "rootfs"
@@ -165,7 +165,7 @@ def test_what_nobody_cleans_up_does_not_grow_without_end(tmp_path: Path, monkeyp
 def test_sweep_leaves_what_lives_and_what_can_be_cleaned_up(
     tmp_path: Path, rootfs: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(container_dir, "_SWEEP_EVERY", 1)
+    monkeypatch.setattr(root_lock, "_SWEEP_EVERY", 1)
     (tmp_path / "other").mkdir()
     other = tmp_path / "other"
     pid = os.fork()
@@ -188,25 +188,25 @@ def test_sweep_leaves_what_lives_and_what_can_be_cleaned_up(
 _HOLD = """
 import sys, time
 sys.path[:0] = [sys.argv[1]]
-from nvhook import container_dir
+from nvhook import container_dir, root_lock
 from nvhook.linux.identity import Identity
-with container_dir.Lock(container_dir.Containers(sys.argv[2]), Identity(*map(eval, sys.argv[3:]))):
+with root_lock.Lock(container_dir.Containers(sys.argv[2]), Identity(*map(eval, sys.argv[3:]))):
     print("held", flush=True)
     sys.stdin.read()
 """
 
 
 def test_lock_is_one_for_each_root_filesystem(tmp_path: Path, rootfs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(container_dir, "_LOCK_SECONDS", 0.05)
+    monkeypatch.setattr(root_lock, "_LOCK_SECONDS", 0.05)
     containers = container_dir.Containers(str(tmp_path / "state"))
     root = identity.of(os.open(rootfs, DIRECTORY))
     other = identity.of(os.open(rootfs / "usr", DIRECTORY))
-    with container_dir.Lock(containers, root):
-        with container_dir.Lock(containers, other):
+    with root_lock.Lock(containers, root):
+        with root_lock.Lock(containers, other):
             assert len(os.listdir(tmp_path / "state/containers")) == 2
         with pytest.raises(ContainerError, match="lock the container's root filesystem: another container over it has"):
-            container_dir.Lock(containers, root)
-    with container_dir.Lock(containers, root):
+            root_lock.Lock(containers, root)
+    with root_lock.Lock(containers, root):
         pass
     assert os.listdir(tmp_path / "state/containers") == []
 
@@ -221,7 +221,7 @@ def test_lock_of_a_process_that_was_killed(tmp_path: Path, rootfs: Path) -> None
         assert holder.stdout
         assert holder.stdout.readline() == b"held\n"
         holder.kill()
-    with container_dir.Lock(containers, root):
+    with root_lock.Lock(containers, root):
         pass
     assert os.listdir(tmp_path / "state/containers") == []
 
@@ -239,7 +239,7 @@ def test_lock_many_at_once(tmp_path: Path, rootfs: Path) -> None:
             status = 1
             try:
                 for _ in range(25):
-                    with container_dir.Lock(containers, root):
+                    with root_lock.Lock(containers, root):
                         number = int(counter.read_text())
                         time.sleep(0.0002)
                         counter.write_text(str(number + 1))

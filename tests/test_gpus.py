@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from nvhook import gpus
+from nvhook import gpus, selection
 from nvhook.errors import DeviceError
 from nvhook.gpus import Gpu, Gpus
-from nvhook.nvml import Report
+from nvhook.report import Report
 
 # The fixture `proc` (conftest.py) is a host with two GPUs: 0000:07:00.0 with minor 1, 0000:41:00.0 with minor 0.
 
@@ -207,7 +207,7 @@ HOST = [
 def _select(devices: tuple[str, ...], there: list[Gpu] | None = None) -> list[int]:
     """Indices of the GPUs, on a host without MIG (test_mig.py has one with it)."""
     host = Gpus("580.1.2", HOST if there is None else there, {}, (0, 0, 0o666))
-    chosen = gpus.select(devices, host, _not_asked)
+    chosen = selection.select(devices, host, _not_asked)
     assert chosen.migs == []
     return [gpu.index for gpu in chosen.gpus]
 
@@ -310,7 +310,7 @@ def test_select_on_a_host_without_gpus() -> None:
     ],
 )
 def test_brands(models: list[str], expected: set[str]) -> None:
-    assert gpus.Selection([Gpu(0, 0, "", "", model) for model in models], []).brands() == expected
+    assert selection.Selection([Gpu(0, 0, "", "", model) for model in models], []).brands() == expected
 
 
 WSL = Gpus("nv_dispi.inf_amd64", [], {}, (0, 0, 0o666), dxg=(10, 125))
@@ -318,11 +318,11 @@ WSL = Gpus("nv_dispi.inf_amd64", [], {}, (0, 0, 0o666), dxg=(10, 125))
 
 @pytest.mark.parametrize("devices", [("all",), ("none",)])
 def test_select_on_wsl(devices: tuple[str, ...]) -> None:
-    chosen = gpus.select(devices, WSL, _not_asked)
+    chosen = selection.select(devices, WSL, _not_asked)
     assert (chosen.gpus, chosen.migs) == ([], [])
 
 
 @pytest.mark.parametrize("devices", [("0",), ("GPU-1", "all"), ("MIG-1",)])
 def test_select_on_wsl_one_alone(devices: tuple[str, ...]) -> None:
     with pytest.raises(DeviceError, match=f"`{devices[0]}` is asked for, and on WSL 2 .*; ask for `all`"):
-        gpus.select(devices, WSL, _not_asked)
+        selection.select(devices, WSL, _not_asked)

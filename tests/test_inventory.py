@@ -21,7 +21,7 @@ from nvhook import gpus, inventory
 from nvhook.config import Config
 from nvhook.driver import Driver
 from nvhook.errors import DriverError
-from nvhook.nvml import Report
+from nvhook.report import Report
 from simhost import cachewriter, elfwriter
 from simhost.build import build
 from simhost.compiler import native_machine

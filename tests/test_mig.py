@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""mig.py and gpus.select() on a host with MIG: what a name means, when NVML is asked, and what cannot be."""
+"""mig.py and selection.select() on a host with MIG: what a name means, when NVML is asked, and what cannot be."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from nvhook import gpus, mig
+from nvhook import device_list, gpus, mig, selection
 from nvhook.errors import DeviceError
 from nvhook.gpus import Gpu, Gpus
-from nvhook.nvml import Device, Instance, Report
+from nvhook.report import GpuReport, InstanceReport, Report
 
 # Minors that are not the indices. GPU 0 has two GPU instances, the second divided; 1 has one; 2 none; 3 no MIG.
 FIRST = Gpu(0, 2, "GPU-aa", "0000:07:00.0", "")
@@ -25,12 +25,12 @@ GPUS = "0 (GPU-aa, 0000:07:00.0), 1 (GPU-bb, 0000:0f:00.0), 2 (GPU-cc, 0000:47:0
 MIGS = "0:0 (MIG-7a), 0:1 (MIG-1a), 0:2 (MIG-1b), 1:0 (MIG-1a2)"
 
 
-def _device(gpu: Gpu, *instances: Instance, mig_enabled: bool = True) -> Device:
-    return Device(gpu.pci.upper(), gpu.uuid, "nvidia", "8.0", mig_enabled=mig_enabled, instances=instances)
+def _device(gpu: Gpu, *instances: InstanceReport, mig_enabled: bool = True) -> GpuReport:
+    return GpuReport(gpu.pci.upper(), gpu.uuid, "nvidia", "8.0", mig_enabled=mig_enabled, instances=instances)
 
 
-OF_FIRST = (Instance(0, 7, 0, "MIG-7a"), Instance(1, 1, 0, "MIG-1a"), Instance(2, 1, 1, "MIG-1b"))
-OF_SECOND = _device(SECOND, Instance(0, 0, 0, "MIG-1a2"))
+OF_FIRST = (InstanceReport(0, 7, 0, "MIG-7a"), InstanceReport(1, 1, 0, "MIG-1a"), InstanceReport(2, 1, 1, "MIG-1b"))
+OF_SECOND = _device(SECOND, InstanceReport(0, 0, 0, "MIG-1a2"))
 OTHERS = (_device(EMPTY), _device(WHOLE, mig_enabled=False))
 REPORT = Report("12.4", (_device(FIRST, *OF_FIRST), OF_SECOND, *OTHERS))
 
@@ -48,7 +48,7 @@ class Nvml:
 
 
 def _select(*devices: str, nvml: Nvml | None = None, host: Gpus = HOST) -> tuple[list[int], list[tuple[int, int, int]]]:
-    chosen = gpus.select(devices, host, nvml or Nvml(REPORT))
+    chosen = selection.select(devices, host, nvml or Nvml(REPORT))
     return [gpu.index for gpu in chosen.gpus], [(item.gpu.index, item.gi, item.ci) for item in chosen.migs]
 
 
@@ -89,7 +89,9 @@ def test_nvml_is_not_asked_for_what_proc_knows(devices: list[str]) -> None:
     assert nvml.asked == []
 
 
-BEFORE = Report("12.4", (_device(FIRST, Instance(0, 7, 0, "MIG-7a"), Instance(1, 8, 0, "MIG-8a")), OF_SECOND, *OTHERS))
+BEFORE = Report(
+    "12.4", (_device(FIRST, InstanceReport(0, 7, 0, "MIG-7a"), InstanceReport(1, 8, 0, "MIG-8a")), OF_SECOND, *OTHERS)
+)
 
 
 @pytest.mark.parametrize(
@@ -172,7 +174,7 @@ def test_select_leaves_out_what_nvml_knows_of_a_gpu_that_proc_does_not_show() ->
 
 @pytest.mark.parametrize("name", ["", ":", "0:", ":0", "0:0:0", "-1:0", "0:1.0", "1b:00", "GPU-aa", "0", "\u0660:0"])
 def test_is_no_name(name: str) -> None:
-    assert not mig.is_name(name)
+    assert not device_list.is_mig(name)
 
 
 # /proc
@@ -188,14 +190,14 @@ def mig_proc(proc: Path) -> Path:
 
 
 def test_instances(mig_proc: Path) -> None:
-    assert mig.instances(f"{mig_proc}/proc") == {0: [(0, 0)], 1: [(1, 0), (1, 1), (11, 0)]}
+    assert gpus.instances(f"{mig_proc}/proc") == {0: [(0, 0)], 1: [(1, 0), (1, 1), (11, 0)]}
 
 
 @pytest.mark.parametrize("name", ["gpu2/mig/gi1", "gpu2/mig", "gpu2", "gpux/mig/gi1/ci0", "gpu2/mig/gi/ci0"])
 def test_instances_that_are_none(mig_proc: Path, name: str) -> None:
     (mig_proc / "proc/driver/nvidia/capabilities" / name).mkdir(parents=True)
     (mig_proc / "proc/driver/nvidia/capabilities/gpu3").touch()
-    assert list(mig.instances(f"{mig_proc}/proc")) == [0, 1]
+    assert list(gpus.instances(f"{mig_proc}/proc")) == [0, 1]
 
 
 def test_instances_of_a_driver_without_mig(proc: Path) -> None:

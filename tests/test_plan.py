@@ -19,10 +19,11 @@ from nvhook.dri import DriNode
 from nvhook.driver import Binary, Driver, File, Library
 from nvhook.edits import Mount
 from nvhook.errors import DeviceError, DriverError
-from nvhook.gpus import Gpu, Gpus, Selection
+from nvhook.gpus import Gpu, Gpus
 from nvhook.offers import HostFile, HostNode, Offers
 from nvhook.procfs import DriverProc
 from nvhook.request import Request
+from nvhook.selection import Selection
 from nvhook.sockets import Socket
 
 # A driver of a few files, made by hand

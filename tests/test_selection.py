@@ -18,6 +18,7 @@ from nvhook import config as configuration
 from nvhook import gpus, selection
 from nvhook.errors import DeviceError, NvhookError
 from nvhook.request import Request
+from nvhook.start import reporter
 from simhost.build import build
 
 pytestmark = pytest.mark.root
@@ -57,7 +58,8 @@ class Host:
         settings = configuration.load(str(self.directory / "config.toml"))
         asked = Request(tuple(devices.split(",")), ("utility",), requirements, "a test")
         warnings: list[str] = []
-        chosen = selection.choose(settings, asked, gpus.read(settings.proc_root), warnings, **options)
+        there = gpus.read(settings.proc_root)
+        chosen = selection.choose(asked, there, reporter(settings, there, warnings, **options), warnings)
         return [gpu.uuid for gpu in chosen.gpus], warnings
 
     def error(self, devices: str, *requirements: str) -> str:

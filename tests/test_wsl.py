@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from nvhook import wsl
+from nvhook import wsl, wsl_driver
 from nvhook.config import CAPABILITIES
 from nvhook.driver import Driver
 from nvhook.errors import DriverError
@@ -41,7 +41,7 @@ DXCORE = ("libdxcore.so", "libdxcore.so", "/usr/lib/wsl/lib")
 
 
 def test_discover(root: Path) -> None:
-    driver = wsl.discover(str(root), STORE)
+    driver = wsl_driver.discover(str(root), STORE)
     assert (driver.version, _libraries(driver), driver.binaries, driver.files) == (STORE, [CUDA, DXCORE], [], [])
     assert all(item.capabilities == CAPABILITIES and item.path.startswith(f"{root}/") for item in driver.libraries)
 
@@ -49,7 +49,7 @@ def test_discover(root: Path) -> None:
 def test_discover_loader_does_not_take_the_name(root: Path) -> None:
     """The file that Windows copies to lib/libcuda.so.1 has that SONAME where it comes from, too."""
     _library(root, f"{PLACE}/libcuda_loader.so", "libcuda.so.1")
-    assert _libraries(wsl.discover(str(root), STORE)) == [CUDA, ("libcuda_loader.so", "", PLACE), DXCORE]
+    assert _libraries(wsl_driver.discover(str(root), STORE)) == [CUDA, ("libcuda_loader.so", "", PLACE), DXCORE]
 
 
 def test_discover_program_and_files(root: Path) -> None:
@@ -58,7 +58,7 @@ def test_discover_program_and_files(root: Path) -> None:
     (directory / "other").write_bytes(elfwriter.program(["libc.so.6"], machine=NATIVE))
     for name in ("nvcubins.bin", "nvopencl64.dll", "nvlddmkm.sys", "nv_dispi.inf"):
         (directory / name).write_text("MZ")
-    driver = wsl.discover(str(root), STORE)
+    driver = wsl_driver.discover(str(root), STORE)
     assert [(item.path, item.name, item.capability) for item in driver.binaries] == [
         (f"{directory}/nvidia-smi", "nvidia-smi", "utility")
     ]
@@ -72,19 +72,19 @@ def test_discover_what_is_no_library_of_this_machine(root: Path) -> None:
     (root / f"{PLACE[1:]}/libtext.so").write_text("no ELF file")
     (root / f"{PLACE[1:]}/libdirectory.so").mkdir()
     (root / f"{PLACE[1:]}/libdangling.so").symlink_to("nowhere")
-    assert _libraries(wsl.discover(str(root), STORE)) == [CUDA, DXCORE]
+    assert _libraries(wsl_driver.discover(str(root), STORE)) == [CUDA, DXCORE]
 
 
 def test_discover_without_dxcore(root: Path) -> None:
     (root / "usr/lib/wsl/lib/libdxcore.so").unlink()
-    assert _libraries(wsl.discover(str(root), STORE)) == [CUDA]
+    assert _libraries(wsl_driver.discover(str(root), STORE)) == [CUDA]
 
 
 def test_discover_damaged_library(root: Path) -> None:
     path = root / f"{PLACE[1:]}/libcuda.so.1.1"
     path.write_bytes(path.read_bytes()[:50])
     with pytest.raises(DriverError, match=r"read `.*/libcuda.so.1.1`: .*; reinstall the driver"):
-        wsl.discover(str(root), STORE)
+        wsl_driver.discover(str(root), STORE)
 
 
 @pytest.mark.parametrize(

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
     from .config import Config
-    from .gpus import Selection
     from .request import Request
+    from .selection import Selection
     from .spec import Spec
 
 _AUTHPRIV = 10 << 3

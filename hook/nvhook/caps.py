@@ -19,9 +19,10 @@ from .offers import HostFile, HostNode
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from .config import Config
-    from .gpus import Gpus, Selection
+    from .gpus import Gpus
     from .mig import MigDevice
     from .request import Request
+    from .selection import Selection
 
 _FILES = "/proc/driver/nvidia/capabilities"
 _CHANNELS = "nvidia-caps-imex-channels"  # the name of the driver in /proc/devices, and of its directory in /dev

@@ -15,15 +15,15 @@ from __future__ import annotations
 import os
 import sys
 
-from . import audit, caps, container_dir, host, mig, plan, prestart, spec
+from . import audit, caps, host, mig, plan, prestart, spec
 from . import config as configuration
 from . import container as containers
 from . import edits as editing
 from .edits import Symlink
 from .errors import DeviceError, NvhookError, SpecError
-from .gpus import Selection
 from .linkercache import Ldcache
 from .request import Request
+from .selection import Selection
 from .start import Start
 
 TYPE_CHECKING = False
@@ -91,7 +91,7 @@ def run(words: list[str], default_config: str, warnings: list[str]) -> None:
     try:
         _choose(start, node_paths(document))
         _draw(start, arguments, node_paths(document), container)
-        container.lock = container_dir.lock_without_note(config.state_dir, container)
+        container.lock_root_if_possible(config.state_dir)
         with container.lock:
             prestart.change(start, container, [])
     except NvhookError as error:

@@ -19,7 +19,7 @@ from __future__ import annotations
 import os
 import stat
 
-from . import container_dir
+from . import container_dir, root_lock
 from .errors import SpecError, reason
 from .linux import files, identity
 from .linux.root import DIRECTORY, OutOfTimeError, Root
@@ -35,7 +35,8 @@ if TYPE_CHECKING:
     from typing import Any  # noqa: TID251 - never at run time
 
     from .container import Container
-    from .container_dir import ContainerDirectory, Lock
+    from .container_dir import ContainerDirectory
+    from .root_lock import Lock
     from .spec import State
 
     # {"kind": "file" | "directory" | "node" | "link" | "cache" | "time", "path": in the container, …}
@@ -83,7 +84,7 @@ def poststop(path: str, state: State, warnings: list[str]) -> None:
             # With `runc --root` one id and bundle can be those of two containers, and this is the other one's end.
             warnings.append(f"container `{state.id}` runs: nothing of it is removed")
         else:
-            with container_dir.Lock(containers, known.root) as lock:
+            with root_lock.Lock(containers, known.root) as lock:
                 if known.is_there():  # or else another one's poststop has done this for us
                     _end(lock, known, warnings)
     except OSError as error:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 
-from .container_dir import Unlocked
+from . import root_lock
 from .errors import SLOW_TREE, ContainerError, reason
 from .linux import identity, kernel, mountinfo, userns
 from .linux import proc as procfs
@@ -39,7 +39,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from .container_dir import ContainerDirectory, Lock
+    from .container_dir import ContainerDirectory
     from .linux.identity import Identity
 
 
@@ -117,10 +117,22 @@ class Container:
         self._shared = shared
         self.times: dict[str, int] = {}
         self.host_identity = host_identity
-        self.lock: Lock | Unlocked = Unlocked()
+        self.lock: root_lock.Lock | root_lock.Unlocked = root_lock.Unlocked()
         self.directory: ContainerDirectory | None = None
         self.names = procfs.Names()
         self.mounted: list[Callable[[], None]] = []
+
+    def lock_root(self, state_dir: str) -> None:
+        """Take the lock of its root filesystem. OSError where nothing can be kept about the container; ContainerError
+        where another one over the same root filesystem makes that necessary."""
+        self.lock = root_lock.take(state_dir, self.names.top, self.host_identity, self.root, self.rootfs)
+
+    def lock_root_if_possible(self, state_dir: str) -> None:
+        """The same for a container that nothing is kept about. Where there can be no lock, it does without."""
+        try:
+            self.lock_root(state_dir)
+        except OSError:
+            return
 
     def enter(self) -> None:
         """Into the container's mount namespace, for good; files are made as the container's root from here on.

@@ -7,19 +7,18 @@
 
 A directory per container, because an id may be any name: were its files told apart by a suffix, the container
 `web.cache` would own a file of the container `web`. The directory is made before anything is done to the container, so
-that another one over the same root filesystem knows of it; both take a lock first, one for each root filesystem.
+that another one over the same root filesystem knows of it; both take its lock first (root_lock.py).
 """
 
 from __future__ import annotations
 
 import errno
-import fcntl
 import os
 import stat
 import time
 
 from . import quickjson, state_dir
-from .errors import ContainerError, SpecError, reason
+from .errors import SpecError
 from .linux import files, identity, proc
 from .linux.root import DIRECTORY
 
@@ -28,20 +27,15 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from typing import Any  # noqa: TID251 - never at run time
 
-    from .container import Container
     from .linux.identity import Identity
-    from .linux.root import Root
-    from .spec import State
 
     Json = dict[str, Any]
 
 CONTAINERS = "containers"
-_CONTAINER, _TRACES, _CACHE = "container.json", "traces.json", "ld.so.cache"
+CONTAINER, _TRACES, _CACHE = "container.json", "traces.json", "ld.so.cache"
 _MAX_FILE = 4 << 20
 _MAX_ID = 255  # NAME_MAX; engines use 64 and containerd allows 76
-_SWEEP_EVERY, _SWEPT = 8, 32  # one start of eight looks at so many directories: a start is not held up
 _END_SECONDS = 1
-_LOCK_SECONDS = 10  # what is done under it takes milliseconds, or ldconfig's time
 _IN_DOUBT = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO)
 _ID_CHARACTERS = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_+-.")
 
@@ -82,7 +76,7 @@ class Containers:
             status = os.fstat(fd)
             if status.st_mode & 0o077 or not state_dir.is_owner(status):
                 raise ValueError("a directory that others may use")
-            return ContainerDirectory(self, id, fd, _read_json(fd, _CONTAINER))
+            return ContainerDirectory(self, id, fd, _read_json(fd, CONTAINER))
         except (OSError, ValueError, KeyError, TypeError) as error:
             os.close(fd)
             if isinstance(error, OSError) and error.errno in _IN_DOUBT:
@@ -180,7 +174,7 @@ class ContainerDirectory:
         return found
 
     def write_traces(self, traces: list[Json]) -> None:
-        _replace(self._fd, _TRACES, quickjson.dumps(traces))
+        replace(self._fd, _TRACES, quickjson.dumps(traces))
 
     def save_cache(self, source: int) -> None:
         """A copy of the file `source`, without its owner and mode: a set-uid bit of an image's is none of root's."""
@@ -209,8 +203,8 @@ class ContainerDirectory:
 
     def remove(self) -> None:
         """The directory and all that is in it. Whatever else somebody put there stays, and the directory with it."""
-        beside = [files.beside_of(name) for name in (_TRACES, _CONTAINER)]  # of a process that was killed
-        for name in (_TRACES, *beside, _CACHE, _CONTAINER):  # the last one makes it a container's
+        beside = [files.beside_of(name) for name in (_TRACES, CONTAINER)]  # of a process that was killed
+        for name in (_TRACES, *beside, _CACHE, CONTAINER):  # the last one makes it a container's
             self._unlink(name)
         os.rmdir(self.id, dir_fd=self._containers.fd)
 
@@ -224,179 +218,7 @@ class ContainerDirectory:
             return
 
 
-class Lock:
-    """One process at a time looks at a root filesystem, makes something in it or removes something from it.
-
-    Containers over the same one would make the same files at once, and one that cleans up would remove what another is
-    about to mount on. The lock's file is there only as long as somebody has or wants it: a process that got the lock
-    of a file which the former holder has removed by then has nothing, and tries again.
-    """
-
-    __slots__ = ("_containers", "_fd", "_name", "_root")
-
-    def __init__(self, containers: Containers, root: Identity, tree: Root | None = None) -> None:
-        """Take it; the end of a `with` block gives it back. What is waited counts as time of the look-ups in `tree`, so
-        that both together are bounded. ContainerError where another process keeps it for too long, OSError where there
-        can be none."""
-        self._containers = containers
-        self._root = root
-        self._name = f".{root.device}-{root.inode}.lock"  # no id begins with a dot
-        self._fd = -1
-        begin = time.monotonic()
-        while not self._try():
-            if time.monotonic() - begin > _LOCK_SECONDS:
-                raise ContainerError(
-                    f"lock the container's root filesystem: another container over it has `{CONTAINERS}/{self._name}` "
-                    f"for more than {_LOCK_SECONDS} s",
-                    "start it again, or give it a root filesystem of its own",
-                )
-            time.sleep(0.001)
-        if tree is not None:
-            tree.spend(time.monotonic() - begin)
-
-    def __enter__(self) -> Lock:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        try:
-            os.unlink(self._name, dir_fd=self._containers.fd)
-        except OSError:
-            return  # read-only by now: the file stays, and the next one takes it
-        finally:
-            os.close(self._fd)
-
-    def _try(self) -> bool:
-        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
-        self._fd = os.open(self._name, flags, 0o600, dir_fd=self._containers.fd)
-        try:
-            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            is_ours = os.fstat(self._fd).st_nlink > 0
-        except BlockingIOError:
-            is_ours = False
-        if not is_ours:
-            os.close(self._fd)
-        return is_ours
-
-    def others(self, but: str) -> Iterator[ContainerDirectory]:
-        """The containers over this root filesystem, but for that of this id."""
-        return self._containers.over(self._root, but=but)
-
-    def register(self, state: State, container: Container, warnings: list[str]) -> ContainerDirectory:
-        """Make the directory of a container that is being created. The lock is held.
-
-        SpecError for an id that cannot be a directory's name; OSError where the directory cannot be made, or is that of
-        a container of another bundle that lives.
-        """
-        check_id(state.id)
-        since = time.clock_gettime_ns(time.CLOCK_BOOTTIME)
-        start = process_start(os.open("stat", os.O_RDONLY | os.O_CLOEXEC, dir_fd=container.proc))
-        pid_and_start = (state.pid, start)
-        document = {
-            "bundle": state.bundle,
-            "rootfs": container.rootfs,
-            "root": self._root.describe(),
-            "process": pid_and_start,
-            "since": since,
-        }
-        self._clear_former(state, pid_and_start, warnings)
-        if since % _SWEEP_EVERY == 0:
-            self._sweep(state.id)
-        fd = state_dir.make_private(self._containers.fd, state.id)
-        directory = ContainerDirectory(self._containers, state.id, fd, document)
-        try:
-            _replace(fd, _CONTAINER, quickjson.dumps(document))
-        except OSError:
-            directory.remove()  # what says nothing of a container is never swept
-            raise
-        return directory
-
-    def _sweep(self, but: str) -> None:
-        """Remove directories of containers that are over and whose root filesystem is gone, if there are such: with
-        `docker run --gpus` nobody calls a poststop hook, and STATE is in memory. More of them go than come."""
-        names = [name for name in self._containers.ids() if name != but]
-        for _ in range(min(_SWEPT, len(names))):
-            other = self._containers.read(names.pop(time.monotonic_ns() % len(names)))
-            if other is None:
-                continue
-            try:
-                if other.is_over() and not other.has_root():
-                    other.remove()
-            except OSError:
-                continue  # its own poststop hook is at it
-            finally:
-                other.close()
-
-    def _clear_former(self, state: State, process: tuple[int, int], warnings: list[str]) -> None:
-        """Remove what is there under this id, unless it is of the same bundle and root filesystem: such a container was
-        started again without a poststop in between, and what it left is this one's to clean up."""
-        former = self._containers.read(state.id)
-        if former and former.process != process and not former.is_over():
-            # Of two engines, or of one with two directories of its own (`runc --root`).
-            raise FileExistsError(errno.EEXIST, f"a container of this id runs from the bundle `{former.bundle}`")
-        if former and former.bundle == state.bundle and former.root == self._root:
-            return
-        if not _clear(self._containers.fd, state.id):
-            return
-        if former:
-            why = f"was of another root filesystem or bundle; what that container left in `{former.rootfs}` stays there"
-        else:
-            why = "was not as nvhook writes it"
-        warnings.append(f"what was kept about a container `{state.id}` {why}")
-
-
-class Unlocked:
-    """In the place of a Lock, where nothing can be kept about a container: it counts as the only one."""
-
-    __slots__ = ()
-
-    def __enter__(self) -> Unlocked:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        return
-
-    def others(self, but: str) -> Iterator[ContainerDirectory]:  # noqa: ARG002 - as a Lock has it
-        return iter(())
-
-    def register(self, state: State, container: Container, warnings: list[str]) -> None:  # noqa: ARG002 - likewise
-        return None
-
-
-def lock_without_note(path: str, container: Container) -> Lock | Unlocked:
-    """For a container that nothing is kept about. Where there can be no lock, it does without."""
-    try:
-        return lock(path, container)
-    except OSError:
-        return Unlocked()
-
-
-def lock(path: str, container: Container) -> Lock:
-    """The lock of the container's root filesystem; `path` is STATE. OSError where nothing can be kept about it.
-
-    ContainerError as well where something is kept about another container over it, whose end would harm this one.
-    """
-    if container.host_identity is None:
-        raise OSError(errno.ENOENT, f"the host has no `{container.rootfs}`, or another directory there")
-    containers = Containers(path, container.names.top)
-    try:
-        return Lock(containers, container.host_identity, container.root)
-    except OSError as error:
-        expect_none(containers.over(container.host_identity), container, reason(error))
-        raise
-
-
-def expect_none(others: Iterator[ContainerDirectory], container: Container, why: str) -> None:
-    """Nothing can be kept about the container: ContainerError where that is not its affair alone. The last of the
-    `others` over its root filesystem would take away what it has mounted on, and with that its GPUs."""
-    other = next((other for other in others if not other.is_over()), None)
-    if other:
-        raise ContainerError(
-            f"keep a note of a container over `{container.rootfs}`, over which container `{other.id}` is: {why}",
-            "remove the cause, or give it a root filesystem of its own",
-        )
-
-
-def _clear(containers: int, id: str) -> bool:  # noqa: A002 - OCI's name
+def clear(containers: int, id: str) -> bool:  # noqa: A002 - OCI's name
     """Remove what is there under the name `id`; False if there is nothing. An earlier version kept a file for each."""
     try:
         status = os.stat(id, dir_fd=containers, follow_symlinks=False)
@@ -478,7 +300,7 @@ def _open_file(directory: int, name: str) -> int:
     return fd
 
 
-def _replace(directory: int, name: str, content: bytes) -> None:
+def replace(directory: int, name: str, content: bytes) -> None:
     try:
         _write(directory, name, content)
         return

@@ -117,9 +117,7 @@ def plain(name: str, place: str, *, privileged: bool, must_be_cdi: bool = False)
 
 def _mig(name: str, device: str, place: str) -> str:
     """One MIG device. `0` would be a whole GPU, and `all` every GPU with what is not divided: more than was asked."""
-    from . import mig  # only for a container that asks so
-
-    if not mig.is_name(device):
+    if not is_mig(device):
         raise RequestError(f"{_short(name)} in {place} names no MIG device", "write its UUID, or <GPU>:<index>")
     return device
 
@@ -178,3 +176,14 @@ def _is_of_another_container(key: str, own: list[str | None] | None) -> bool:
 def _short(text: str) -> str:
     """In quotes, for a message; an annotation may hold a megabyte."""
     return f"`{text if len(text) <= _MAX_QUOTED else text[:_MAX_QUOTED] + '…'}`"
+
+
+def is_mig(device: str) -> bool:
+    """Whether this is how a MIG device is named: MIG-<uuid>, MIG-<GPU's uuid>/<gi>/<ci>, or <gpu index>:<index>."""
+    gpu, _, index = device.partition(":")
+    return device.lower().startswith("mig-") or (small_number(gpu) >= 0 and small_number(index) >= 0)
+
+
+def small_number(text: str) -> int:
+    """-1 for what is no number; int() would also take signs, underscores and the digits of other scripts."""
+    return int(text) if text.isdecimal() and text.isascii() and len(text) < 8 else -1

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import os
 
-from . import mig
+from . import device_list
 from .errors import DeviceError, reason
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from .mig import Instances, MigDevice, Reporter
+    # GPU minor -> (GPU instance, compute instance), as /proc shows them
+    Instances = dict[int, list[tuple[int, int]]]
 
 _MAX_VERSION = 64  # characters
 _MAJOR_BITS, _MINOR_BITS = 12, 20
@@ -74,20 +75,6 @@ class Gpus:
         self.instances = instances or {}
 
 
-class Selection:
-    """What a container has asked for: `gpus` in NVML's order, and `migs`, whose GPUs are among them."""
-
-    __slots__ = ("gpus", "migs")
-
-    def __init__(self, gpus: list[Gpu], migs: list[MigDevice]) -> None:
-        self.gpus = gpus
-        self.migs = migs
-
-    def brands(self) -> set[str]:
-        """The first word of each product's name in lower case: geforce of NVIDIA GeForce RTX 4090."""
-        return {gpu.model.lower().removeprefix("nvidia ").partition(" ")[0] for gpu in self.gpus}
-
-
 def is_loaded(proc_root: str) -> bool:
     """Whether the kernel module is there, which says nothing about what it tells."""
     return os.path.exists(os.path.join(proc_root, "proc/driver/nvidia/version"))
@@ -97,65 +84,10 @@ def read(proc_root: str) -> Gpus:
     """Reads `proc_root`/proc; DeviceError when the kernel module is not there or says something unreadable."""
     proc = os.path.join(proc_root, "proc")
     version = driver_version(proc_root)
-    return Gpus(version, _gpus(proc), _majors(proc), _node_owner(proc), instances=mig.instances(proc))
+    return Gpus(version, _gpus(proc), _majors(proc), _node_owner(proc), instances=instances(proc))
 
 
-def select(devices: tuple[str, ...], host: Gpus, report: Reporter) -> Selection:
-    """What `devices` (a Request's) names of `host`, in NVML's order, each once.
-
-    An id is an index, a UUID or the beginning of one, a PCI bus id, or the name of a MIG device (mig.py).
-    DeviceError, with the list of what exists, for one that names nothing or several.
-    """
-    if host.dxg is not None and devices not in (("all",), ("none",)):
-        raise DeviceError(
-            f"`{devices[0]}` is asked for, and on WSL 2 the GPUs have one node, /dev/dxg, for all of them",
-            "ask for `all`",
-        )
-    if host.dxg is not None or devices == ("none",):
-        return Selection([], [])
-    if devices == ("all",):
-        if not host.gpus:
-            raise DeviceError("all GPUs are asked for and the driver has none", "see `dmesg | grep -i nvrm`")
-        return Selection(host.gpus, mig.every(host))
-    found = [mig.find(device, host, report) for device in devices if mig.is_name(device)]
-    migs = {(item.gpu.index, item.gi, item.ci): item for item in found}
-    chosen = {_find(device, host.gpus).index for device in devices if not mig.is_name(device)}
-    chosen |= {item.gpu.index for item in found}
-    return Selection([gpu for gpu in host.gpus if gpu.index in chosen], [migs[key] for key in sorted(migs)])
-
-
-def _find(device: str, gpus: list[Gpu]) -> Gpu:
-    found = [gpu for gpu in gpus if _is_named(gpu, device)]
-    if len(found) > 1:
-        exact = [gpu for gpu in found if gpu.uuid.lower() == device.lower()]
-        if len(exact) != 1:
-            raise DeviceError(f"`{device}` is the beginning of several UUIDs: {_listed(found)}")
-        return exact[0]
-    if not found:
-        raise DeviceError(f"unknown device `{device}`", f"this host has {_listed(gpus)}" + _uuid_hint(device, gpus))
-    return found[0]
-
-
-def _is_named(gpu: Gpu, device: str) -> bool:
-    if device.isdecimal() and device.isascii():
-        return len(device) < 8 and int(device) == gpu.index
-    if device.lower().startswith("gpu-") and len(device) > len("gpu-"):
-        return gpu.uuid.lower().startswith(device.lower())
-    address = _pci_address(device)
-    return address is not None and address == _pci_address(gpu.pci)
-
-
-def _listed(gpus: list[Gpu]) -> str:
-    return ", ".join(str(gpu) for gpu in gpus) or "no GPU"
-
-
-def _uuid_hint(device: str, gpus: list[Gpu]) -> str:
-    if device.lower().startswith("gpu-") and any("?" in gpu.uuid for gpu in gpus):
-        return "; a UUID with question marks is known once the GPU is initialised: run `nvidia-smi -L` on the host"
-    return ""
-
-
-def _pci_address(text: str) -> tuple[int, int, int, int] | None:
+def pci_address(text: str) -> tuple[int, int, int, int] | None:
     """(domain, bus, device, function) of `[domain:]bus:device[.function]` in hex, or None."""
     parts = text.split(":")
     # int() would also take signs, underscores, blanks, `0x` and the digits of other scripts.
@@ -193,7 +125,7 @@ def _gpus(proc: str) -> list[Gpu]:
         addresses = []
     except OSError as error:
         raise DeviceError(f"read `{directory}`: {reason(error)}") from None
-    for address in sorted(addresses, key=lambda name: _pci_address(name) or (1 << 32, 0, 0, 0)):
+    for address in sorted(addresses, key=lambda name: pci_address(name) or (1 << 32, 0, 0, 0)):
         values = information(os.path.join(directory, address, "information"))
         # NVML numbers only the GPUs that the module was not told to leave alone.
         if values.get("GPU Excluded", "No") != "Yes":
@@ -203,6 +135,27 @@ def _gpus(proc: str) -> list[Gpu]:
             model = values.get("Model", "")
             found.append(Gpu(len(found), minor, values.get("GPU UUID", ""), address, model))
     return found
+
+
+def instances(proc: str) -> Instances:
+    """The MIG devices of the host whose /proc is `proc`; empty where the driver or its GPUs know no MIG."""
+    directory = os.path.join(proc, "driver/nvidia/capabilities")
+    found: Instances = {}
+    for minor, gpu in _numbered(directory, "gpu"):
+        pairs = [(gi, ci) for gi, path in _numbered(f"{gpu}/mig", "gi") for ci, _ in _numbered(path, "ci")]
+        if pairs:
+            found[minor] = pairs
+    return found
+
+
+def _numbered(directory: str, start: str) -> list[tuple[int, str]]:
+    """(number, path) of what is named `start` and a number, in the order of the numbers."""
+    try:
+        names = os.listdir(directory)
+    except OSError:
+        return []
+    numbers = [device_list.small_number(name[len(start) :]) for name in names if name.startswith(start)]
+    return [(number, f"{directory}/{start}{number}") for number in sorted(numbers) if number >= 0]
 
 
 def information(path: str) -> dict[str, str]:

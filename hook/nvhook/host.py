@@ -17,8 +17,9 @@ from .offers import Offers
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from .config import Config
-    from .gpus import Gpus, Selection
+    from .gpus import Gpus
     from .request import Request
+    from .selection import Selection
 
 
 def read(config: Config, capabilities: tuple[str, ...], warnings: list[str], *, modprobe: str | None = None) -> Gpus:

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from typing import Any, TypeVar  # noqa: TID251 - never at run time
 
     from .gpus import Gpus
-    from .nvml import Report
+    from .report import Report
 
     Form = dict[str, Callable[[object], bool]]
     Json = dict[str, Any]
@@ -78,11 +78,11 @@ def is_kept(config: Config, version: str) -> bool:
 
 def _discover(config: Config, version: str, warnings: list[str], looked: dict[str, int]) -> Driver:
     """`looked` gets the directories that were looked into, and when each was changed last."""
-    from . import discovery, places, wsl  # pyelftools and what it brings, once per driver
+    from . import discovery, places, wsl, wsl_driver  # pyelftools and what it brings, once per driver
 
     root = places.noting(looked)
     if wsl.is_store(version):
-        return wsl.discover(config.driver_root, version, opened=root)
+        return wsl_driver.discover(config.driver_root, version, opened=root)
     return discovery.discover(
         config.driver_root, config.ldcache, version, warnings, proc_root=config.proc_root, opened=root
     )

@@ -32,12 +32,22 @@ from .linux import proc, userns
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+    from typing import Protocol  # noqa: TID251 - never at run time
 
     from .config import Config
-    from .edits import Device
+
+    class Node(Protocol):
+        """A character device, as container/edits.py's Device has it."""
+
+        path: str
+        major: int
+        minor: int
+        mode: int
+        uid: int
+        gid: int
 
     # (path, what it is or leads to, what makes it with a mark and says whether it was not there)
-    Place = tuple[str, Device, Callable[[str, Device, int], bool]]
+    Place = tuple[str, Node, Callable[[str, Node, int], bool]]
 
 _USUAL = "/sbin/modprobe"
 _ENVIRONMENT = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin"}  # for the commands that modprobe.d may name
@@ -113,7 +123,7 @@ class Made:
         return found
 
 
-def make_nodes(config: Config, nodes: Sequence[Device], warnings: list[str], start: str = "") -> Made | None:
+def make_nodes(config: Config, nodes: Sequence[Node], warnings: list[str], start: str = "") -> Made | None:
     """Make those of the driver's `nodes` that the host lacks, and the links by which systemd knows them.
 
     What is made stays, or is provisional where `start`, the container's id, says whose it is; that is the answer.
@@ -214,17 +224,17 @@ def _make_directory(path: str) -> bool:
     return True
 
 
-def _make_node(path: str, node: Device, mark: int) -> bool:
+def _make_node(path: str, node: Node, mark: int) -> bool:
     """Whether there was none. It is there with all that it has, or not at all."""
     return not os.path.lexists(path) and _publish(path, mark, lambda beside: _new_node(beside, node))
 
 
-def _make_link(path: str, node: Device, mark: int) -> bool:
+def _make_link(path: str, node: Node, mark: int) -> bool:
     target = "../" + node.path.removeprefix("/dev/")
     return not os.path.lexists(path) and _publish(path, mark, lambda beside: os.symlink(target, beside))
 
 
-def _new_node(path: str, node: Device) -> None:
+def _new_node(path: str, node: Node) -> None:
     os.mknod(path, stat.S_IFCHR | node.mode, os.makedev(node.major, node.minor))
     if (node.uid, node.gid) != (0, 0):
         os.chown(path, node.uid, node.gid)

@@ -8,20 +8,16 @@ the instances, because MIG is set up anew without a reboot; so it is compared wi
 
 from __future__ import annotations
 
-import os
-
+from .device_list import small_number
 from .errors import DeviceError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from .config import Config
     from .gpus import Gpu, Gpus
-    from .nvml import Report
+    from .report import Report
 
-    # GPU minor -> (GPU instance, compute instance), as /proc shows them
-    Instances = dict[int, list[tuple[int, int]]]
     # What NVML knows; True: ask it, whatever is kept.
     Reporter = Callable[[bool], Report]
 
@@ -45,44 +41,6 @@ class MigDevice:
         if self.uuid:
             return f"{self.gpu.index}:{self.index} ({self.uuid})"
         return f"MIG-{self.gpu.uuid}/{self.gi}/{self.ci}"
-
-
-def instances(proc: str) -> Instances:
-    """The MIG devices of the host whose /proc is `proc`; empty where the driver or its GPUs know no MIG."""
-    directory = os.path.join(proc, "driver/nvidia/capabilities")
-    found: Instances = {}
-    for minor, gpu in _numbered(directory, "gpu"):
-        pairs = [(gi, ci) for gi, path in _numbered(f"{gpu}/mig", "gi") for ci, _ in _numbered(path, "ci")]
-        if pairs:
-            found[minor] = pairs
-    return found
-
-
-def _numbered(directory: str, start: str) -> list[tuple[int, str]]:
-    """(number, path) of what is named `start` and a number, in the order of the numbers."""
-    try:
-        names = os.listdir(directory)
-    except OSError:
-        return []
-    numbers = [_number(name[len(start) :]) for name in names if name.startswith(start)]
-    return [(number, f"{directory}/{start}{number}") for number in sorted(numbers) if number >= 0]
-
-
-def reporter(config: Config, host: Gpus, warnings: list[str], *, keep: bool = True) -> Reporter:
-    """What NVML knows, for when somebody wants it."""
-
-    def report(again: bool) -> Report:
-        from . import inventory  # who names no MIG device does without it
-
-        return inventory.report(config, host, None, warnings, again=again, keep=keep)
-
-    return report
-
-
-def is_name(device: str) -> bool:
-    """Whether this is how a MIG device is named: MIG-<uuid>, MIG-<GPU's uuid>/<gi>/<ci>, or <gpu index>:<index>."""
-    gpu, _, index = device.partition(":")
-    return device.lower().startswith("mig-") or (_number(gpu) >= 0 and _number(index) >= 0)
 
 
 def every(host: Gpus) -> list[MigDevice]:
@@ -112,7 +70,7 @@ def _by_ids(device: str, host: Gpus, report: Reporter) -> MigDevice:
         raise DeviceError(f"unknown device `{device}`", f"this host has {_listed(host.gpus)}")
     there = [item for item in every(host) if item.gpu is gpu]
     for item in there:
-        if (item.gi, item.ci) == (_number(gi), _number(ci)):
+        if (item.gi, item.ci) == (small_number(gi), small_number(ci)):
             return item
     raise _absent(device, gpu, there, report)
 
@@ -185,8 +143,3 @@ def _absent(device: str, gpu: Gpu, there: list[MigDevice], report: Reporter) -> 
 
 def _listed(things: list[MigDevice] | list[Gpu]) -> str:
     return ", ".join(str(thing) for thing in things) or "none"
-
-
-def _number(text: str) -> int:
-    """-1 for what is no number; int() would also take signs, underscores and the digits of other scripts."""
-    return int(text) if text.isdecimal() and text.isascii() and len(text) < 8 else -1

@@ -21,6 +21,7 @@ import re
 from .errors import ConfigError, DriverError, reason
 from .linux import confine, kernel, seccomp
 from .linux.root import DIRECTORY
+from .report import GpuReport, InstanceReport, Report
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -63,63 +64,6 @@ _BRANDS = {
     15: "geforcertx",
     16: "titanrtx",
 }
-
-
-class Instance:
-    """A MIG device: `index` among those of its GPU, the ids of its GPU instance and compute instance, its UUID."""
-
-    __slots__ = ("ci", "gi", "index", "uuid")
-
-    def __init__(self, index: int, gi: int, ci: int, uuid: str) -> None:
-        self.index = index
-        self.gi = gi
-        self.ci = ci
-        self.uuid = uuid
-
-    def describe(self) -> dict[str, object]:
-        return {"index": self.index, "gi": self.gi, "ci": self.ci, "uuid": self.uuid}
-
-
-class Device:
-    """One GPU. `pci` as below /proc/driver/nvidia/gpus (0000:07:00.0); `brand` a word in lower case (tesla, geforce);
-    `arch` the compute capability (9.0); either is empty where NVML does not tell; `mig_enabled` is MIG mode now and
-    after the next reset."""
-
-    __slots__ = ("arch", "brand", "instances", "mig_enabled", "pci", "uuid")
-
-    def __init__(
-        self, pci: str, uuid: str, brand: str, arch: str, *, mig_enabled: bool, instances: tuple[Instance, ...]
-    ) -> None:
-        self.pci = pci
-        self.uuid = uuid
-        self.brand = brand
-        self.arch = arch
-        self.mig_enabled = mig_enabled
-        self.instances = instances
-
-    def describe(self) -> dict[str, object]:
-        return {
-            "pci": self.pci,
-            "uuid": self.uuid,
-            "brand": self.brand,
-            "arch": self.arch,
-            "mig_enabled": self.mig_enabled,
-            "instances": [item.describe() for item in self.instances],
-        }
-
-
-class Report:
-    """`cuda`: the newest CUDA version of the driver (12.4); `devices` in NVML's order, without those that NVML cannot
-    talk to (a GPU that has fallen off the bus)."""
-
-    __slots__ = ("cuda", "devices")
-
-    def __init__(self, cuda: str, devices: tuple[Device, ...]) -> None:
-        self.cuda = cuda
-        self.devices = devices
-
-    def describe(self) -> dict[str, object]:
-        return {"cuda": self.cuda, "devices": [item.describe() for item in self.devices]}
 
 
 def ask(config: Config, library: str) -> Report:
@@ -211,18 +155,18 @@ def parse(document: Any) -> Report:
     return Report(text(document, "cuda", _CUDA), tuple(_device(item) for item in objects(document, "devices")))
 
 
-def _device(item: Any) -> Device:
+def _device(item: Any) -> GpuReport:
     mig_enabled = item.get("mig_enabled")
     if not isinstance(mig_enabled, bool):
         raise ValueError(f"`mig_enabled` is {_shown(mig_enabled)}")
-    return Device(
+    return GpuReport(
         text(item, "pci", _PCI),
         text(item, "uuid", _GPU_UUID),
         text(item, "brand", _BRAND),
         text(item, "arch", _ARCH),
         mig_enabled=mig_enabled,
         instances=tuple(
-            Instance(number(mig, "index"), number(mig, "gi"), number(mig, "ci"), text(mig, "uuid", _MIG_UUID))
+            InstanceReport(number(mig, "index"), number(mig, "gi"), number(mig, "ci"), text(mig, "uuid", _MIG_UUID))
             for mig in objects(item, "instances")
         ),
     )
@@ -305,7 +249,7 @@ def look(nvml: Any) -> Report:
     return Report(f"{cuda // 1000}.{cuda % 1000 // 10}", tuple(device for device in devices if device))
 
 
-def _ask_device(nvml: Any, index: int) -> Device | None:
+def _ask_device(nvml: Any, index: int) -> GpuReport | None:
     try:
         device = nvml.nvmlDeviceGetHandleByIndex(index)
         pci = nvml.nvmlDeviceGetPciInfo(device)
@@ -313,7 +257,7 @@ def _ask_device(nvml: Any, index: int) -> Device | None:
         arch = _if_told(nvml, nvml.nvmlDeviceGetCudaComputeCapability, device)
         mode = _if_told(nvml, nvml.nvmlDeviceGetMigMode, device)
         mig_enabled = mode == [nvml.NVML_DEVICE_MIG_ENABLE, nvml.NVML_DEVICE_MIG_ENABLE]
-        return Device(
+        return GpuReport(
             f"{pci.domain:04x}:{pci.bus:02x}:{pci.device:02x}.0",
             nvml.nvmlDeviceGetUUID(device),
             "" if brand is None else _BRANDS.get(brand, "unknown"),
@@ -334,7 +278,7 @@ def _if_told(nvml: Any, function: Any, device: object) -> Any:
         return None
 
 
-def _ask_instances(nvml: Any, device: object) -> tuple[Instance, ...]:
+def _ask_instances(nvml: Any, device: object) -> tuple[InstanceReport, ...]:
     found = []
     for index in range(min(nvml.nvmlDeviceGetMaxMigDeviceCount(device), _MOST)):
         try:
@@ -344,5 +288,5 @@ def _ask_instances(nvml: Any, device: object) -> tuple[Instance, ...]:
                 raise
             continue  # an index that no device has
         gi, ci = nvml.nvmlDeviceGetGpuInstanceId(mig), nvml.nvmlDeviceGetComputeInstanceId(mig)
-        found.append(Instance(index, gi, ci, nvml.nvmlDeviceGetUUID(mig)))
+        found.append(InstanceReport(index, gi, ci, nvml.nvmlDeviceGetUUID(mig)))
     return tuple(found)

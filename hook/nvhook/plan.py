@@ -19,10 +19,11 @@ if TYPE_CHECKING:
 
     from .container import Layout
     from .driver import Driver, Library
-    from .gpus import Gpu, Selection
+    from .gpus import Gpu
     from .offers import HostFile, Offers
     from .procfs import DriverProc
     from .request import Request
+    from .selection import Selection
 
 # The GPU major is fixed by the kernel's list of devices, and so are these two minors of it by the driver.
 _MAJOR = 195

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import sys
 
-from . import cleanup, container_dir, fitness, kmods, linkercache, request, spec
+from . import cleanup, fitness, kmods, linkercache, request, root_lock, spec
 from . import container as containers
 from . import edits as editing
 from . import gpus as gpus_of_host
@@ -146,10 +146,10 @@ def _expect_same_driver(start: Start) -> None:
 # What is kept about the container
 
 
-def _lock(start: Start, container: Container) -> container_dir.Lock | container_dir.Unlocked:
+def _lock(start: Start, container: Container) -> root_lock.Lock | root_lock.Unlocked:
     state_dir = start.config.state_dir
     try:
-        container.lock = container_dir.lock(state_dir, container)
+        container.lock_root(state_dir)
     except OSError as error:
         what = f"keep a note of the container below `{state_dir}`"
         start.warnings.append(f"{what}: {reason(error)}; empty files will stay in the container's layer")
@@ -162,12 +162,12 @@ def _register(state: State, container: Container, warnings: list[str]) -> Contai
     ContainerError where nothing can be kept about it, and there is another one.
     """
     try:
-        return container.lock.register(state, container, warnings)
+        return container.lock.register(state, container.proc, container.rootfs, warnings)
     except SpecError as error:
         why = error.message
     except OSError as error:
         why = f"note the container `{state.id}`: {reason(error)}"
-    container_dir.expect_none(container.lock.others(""), container, why)
+    root_lock.expect_none(container.lock.others(""), container.rootfs, why)
     warnings.append(f"{why}; empty files will stay in the container's layer")
     return None
 

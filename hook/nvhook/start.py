@@ -17,12 +17,26 @@ if TYPE_CHECKING:
     from .container import Layout
     from .driver import Driver
     from .edits import Device, Edit
-    from .gpus import Gpus, Selection
+    from .gpus import Gpus
     from .kmods import Made
     from .linux.root import Root
+    from .mig import Reporter
     from .offers import Offers
+    from .report import Report
     from .request import Request
+    from .selection import Selection
     from .spec import Spec
+
+
+def reporter(config: Config, gpus: Gpus, warnings: list[str], *, keep: bool = True) -> Reporter:
+    """What NVML tells of `gpus`, for when somebody needs it. `keep` as in inventory.py."""
+
+    def report(again: bool) -> Report:
+        from . import inventory  # and all that NVML brings, for the few containers that need it
+
+        return inventory.report(config, gpus, None, warnings, again=again, keep=keep)
+
+    return report
 
 
 class Start:
@@ -84,10 +98,11 @@ class Start:
     def choose(self) -> None:
         """Choose the GPUs, and find what else this host has for the container. DeviceError, DriverError, RequestError,
         RequirementError. Cheap: /proc alone, for nearly every container."""
-        config, request, keep = self.config, self.request, not self.is_preview
+        config, request = self.config, self.request
         modprobe = "" if self.is_preview else None
         self.gpus = host.read(config, request.capabilities, self.warnings, modprobe=modprobe)
-        self.chosen = selection.choose(config, request, self.gpus, self.warnings, keep=keep)
+        report = reporter(config, self.gpus, self.warnings, keep=not self.is_preview)
+        self.chosen = selection.choose(request, self.gpus, report, self.warnings)
         self.offers = host.now(config, request, self.chosen, self.gpus, self.warnings)
 
     def draw(self, root: Root, *, again: bool = False) -> None:

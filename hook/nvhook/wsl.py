@@ -6,7 +6,7 @@
 
 There is no kernel module of NVIDIA's, no /proc/driver/nvidia, no MIG and no node for one GPU alone. Which store belongs
 to an adapter is known to libdxcore.so; no library of a driver is loaded here, so of several with NVIDIA's libraries the
-newest counts. All of it stays in its place, because the libraries look for each other there.
+newest counts. wsl_driver.py finds what is in it.
 """
 
 from __future__ import annotations
@@ -14,16 +14,12 @@ from __future__ import annotations
 import os
 import stat
 
-from .config import CAPABILITIES
-from .driver import Binary, Driver, File, Library
 from .errors import DriverError
 from .gpus import Gpus
 from .linux.root import DIRECTORY, Root
 
-_STORES = "/usr/lib/wsl/drivers"
-_DXCORE = "/usr/lib/wsl/lib/libdxcore.so"
+STORES = "/usr/lib/wsl/drivers"
 _CUDA = "libcuda.so.1.1"  # the file name is Windows' choice, and no version
-_SMI = "nvidia-smi"
 
 
 def find(driver_root: str, dev_root: str) -> Gpus | None:
@@ -37,7 +33,7 @@ def find(driver_root: str, dev_root: str) -> Gpus | None:
     stores = _stores(driver_root)
     if not stores:
         raise DriverError(
-            f"this is WSL 2, as `/dev/dxg` says, and no directory below `{_STORES}` has {_CUDA}",
+            f"this is WSL 2, as `/dev/dxg` says, and no directory below `{STORES}` has {_CUDA}",
             "install NVIDIA's driver in Windows, and none in WSL; then `wsl --shutdown`",
         )
     owner = (status.st_uid, status.st_gid, stat.S_IMODE(status.st_mode))
@@ -49,28 +45,6 @@ def is_store(version: str) -> bool:
     return not version.replace(".", "").isdecimal()
 
 
-def discover(driver_root: str, store: str, *, opened: type[Root] = Root) -> Driver:
-    """The driver of that store. Every capability has all of it: Windows' driver has no parts."""
-    from . import discovery  # pyelftools, once per driver
-
-    root = opened(os.open(driver_root, DIRECTORY))
-    directory = f"{_STORES}/{store}"
-    libraries, binaries, files = [], [], []
-    for path in [*(f"{directory}/{name}" for name in root.names(directory)), _DXCORE]:
-        name = os.path.basename(path)
-        real, header = discovery.examine(root, path)
-        if header is not None and header.kind == "shared":
-            # libcuda_loader.so, which Windows copies to lib/libcuda.so.1, may go by that name here too.
-            soname = header.soname if header.soname and name.startswith(header.soname.partition("so")[0]) else ""
-            libraries.append(Library(real, soname, header.bits, (), CAPABILITIES, os.path.dirname(path)))
-        elif header is not None and name == _SMI:
-            binaries.append(Binary(real, name, "utility"))
-        elif real and name.endswith((".bin", ".dll")):
-            files.append(File(real, path, CAPABILITIES))
-    os.close(root.fd)
-    return Driver(store, libraries, binaries, files)
-
-
 def _stores(driver_root: str) -> list[str]:
     """Names of those with NVIDIA's libraries, the newest last."""
     try:
@@ -78,9 +52,9 @@ def _stores(driver_root: str) -> list[str]:
     except OSError:
         return []
     found = []
-    for name in root.names(_STORES):
+    for name in root.names(STORES):
         try:
-            fd = root.open(f"{_STORES}/{name}/{_CUDA}")
+            fd = root.open(f"{STORES}/{name}/{_CUDA}")
         except OSError:
             continue
         found.append((os.fstat(fd).st_mtime_ns, name))

@@ -29,7 +29,6 @@ from nvhook import (
     gpus,
     host,
     inventory,
-    mig,
     nvml,
     plaintoml,
     plan,
@@ -37,6 +36,7 @@ from nvhook import (
     quickjson,
     request,
     requirements,
+    selection,
     spec,
 )
 from nvhook import config as configuration
@@ -44,11 +44,13 @@ from nvhook.commands.cdi import files as cdifiles
 from nvhook.commands.configure import configcheck, documents
 from nvhook.container import Layout
 from nvhook.errors import NvhookError
-from nvhook.gpus import Gpu, Gpus, Selection
+from nvhook.gpus import Gpu, Gpus
 from nvhook.linux import cgroups, devprog, elf, identity, ldcache, ldmerge, mountinfo, symver
 from nvhook.linux.root import DIRECTORY, Root
 from nvhook.offers import Offers
+from nvhook.report import GpuReport, InstanceReport, Report
 from nvhook.requirements import Facts
+from nvhook.selection import Selection
 from nvruntime import bundle, server
 from security import mutations
 from simhost import cachewriter, elfwriter
@@ -367,16 +369,16 @@ _HOST = Gpus(
     (0, 0, 0o666),
     instances={2: [(7, 0), (1, 0), (1, 1)]},
 )
-_REPORT = nvml.Report(
+_REPORT = Report(
     "12.4",
     (
-        nvml.Device(
+        GpuReport(
             "0000:07:00.0",
             "GPU-aa-1",
             "nvidia",
             "8.0",
             mig_enabled=True,
-            instances=(nvml.Instance(0, 7, 0, "MIG-7a"), nvml.Instance(1, 1, 0, "MIG-7b")),
+            instances=(InstanceReport(0, 7, 0, "MIG-7a"), InstanceReport(1, 1, 0, "MIG-7b")),
         ),
     ),
 )
@@ -389,10 +391,10 @@ _DEVICES = [
 @_target(st.lists(mutations.text(_DEVICES, ["GPU-", "MIG-", ":", "/", ".", "0", "9" * 5000, "٣", "f" * 5000, "-"])))
 def device_names(devices: list[str]) -> None:
     with contextlib.suppress(NvhookError):
-        gpus.select(tuple(devices), _HOST, lambda _again: _REPORT)
+        selection.select(tuple(devices), _HOST, lambda _again: _REPORT)
     for device in devices:
         with contextlib.suppress(NvhookError):
-            gpus.select((device,), _HOST, lambda _again: _REPORT)
+            selection.select((device,), _HOST, lambda _again: _REPORT)
 
 
 _VARIABLES = [
@@ -554,10 +556,10 @@ def proc_files(value: tuple[dict[str, str], list[str], list[str]]) -> None:
     asked = request.Request(("all",), configuration.CAPABILITIES, (), "", imex_channels=(0,), mig_rights=("config",))
     assert 0 <= gpus.imex_channel_count(str(top)) < 1 << 20
     with contextlib.suppress(NvhookError):
-        mig.instances(str(top / "proc"))
+        gpus.instances(str(top / "proc"))
         procfs.read(str(top))
         found = gpus.read(str(top))
-        chosen = gpus.select(("all",), found, lambda _again: _REPORT)
+        chosen = selection.select(("all",), found, lambda _again: _REPORT)
         requirements.facts_of(found.driver_version)
         offers = host.now(config, asked, chosen, found, [])
         nodes = plan.devices(asked.capabilities, chosen.gpus, offers)

@@ -29,12 +29,13 @@ from nvhook.container import Container
 from nvhook.driver import Driver, Library
 from nvhook.edits import Edit
 from nvhook.errors import ContainerError
-from nvhook.gpus import Gpus, Selection
+from nvhook.gpus import Gpus
 from nvhook.linux import kernel, ldconfig, symver
 from nvhook.linux import root as roots
 from nvhook.linux.root import DIRECTORY, OutOfTimeError, Root
 from nvhook.offers import Offers
 from nvhook.request import Request
+from nvhook.selection import Selection
 from nvhook.start import Start
 from nvruntime import ahead
 from security.hostile import LIBRARIES, OLD_KERNEL, Place

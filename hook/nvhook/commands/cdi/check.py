@@ -14,6 +14,7 @@ import stat
 from nvhook import gpus, mig
 from nvhook.commands.cdi import files as cdifiles
 from nvhook.errors import DeviceError, DriverError, reason
+from nvhook.start import reporter
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -67,7 +68,7 @@ def _uuids(config: Config, found: Gpus, warnings: list[str]) -> set[str]:
     whole = {gpu.uuid for gpu in found.gpus if gpu.minor not in found.instances}
     if any("?" in uuid for uuid in whole):
         return set()  # nothing has initialised that GPU yet
-    report = mig.reporter(config, found, warnings, keep=False)
+    report = reporter(config, found, warnings, keep=False)
     return whole | ({item.uuid for item in mig.named(found, report)} if found.instances else set())
 
 

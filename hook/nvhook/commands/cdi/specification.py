@@ -17,12 +17,12 @@ from nvhook import gpus as hosts
 from nvhook import host, inventory, kmods, mig, plan, selection
 from nvhook.edits import Mount, Symlink
 from nvhook.errors import DriverError, RequestError, reason
-from nvhook.gpus import Selection
 from nvhook.linkercache import Ldcache
 from nvhook.linux.root import DIRECTORY, Root
 from nvhook.request import Request
+from nvhook.selection import Selection
 from nvhook.spec import Spec
-from nvhook.start import Start
+from nvhook.start import Start, reporter
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -93,7 +93,7 @@ def make(config: Config, wanted: Wanted, warnings: list[str]) -> Json:
     start = Start(config, Spec(rootfs=config.driver_root), request, "", warnings)
     gpus = start.gpus = host.read(config, request.capabilities, warnings)
     gpus.gpus = _identified(config, gpus, wanted, warnings)
-    start.chosen = hosts.select(request.devices, gpus, mig.reporter(config, gpus, warnings))
+    start.chosen = selection.select(request.devices, gpus, reporter(config, gpus, warnings))
     start.offers = host.now(config, request, start.chosen, gpus, warnings)
     _draw(start)
     control = _nodes(start, Selection([], []))
@@ -160,7 +160,7 @@ def _devices(start: Start, wanted: Wanted) -> Iterator[tuple[str, Selection]]:
         if gpu.minor not in gpus.instances:
             yield from ((name, Selection([gpu], [])) for name in _names(wanted, _GPU_NAMES, gpu))
     if gpus.instances:
-        for item in mig.named(gpus, mig.reporter(start.config, gpus, start.warnings)):
+        for item in mig.named(gpus, reporter(start.config, gpus, start.warnings)):
             yield from ((name, Selection([item.gpu], [item])) for name in _names(wanted, _MIG_NAMES, item))
     yield "all", start.chosen
 

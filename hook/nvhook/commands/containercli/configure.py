@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import os
 
-from nvhook import audit, container, container_dir, prestart
+from nvhook import audit, container, prestart
 from nvhook import config as configuration
 from nvhook.commands import plan
 from nvhook.commands.containercli import options as containeroptions
@@ -62,7 +62,7 @@ def _apply(options: argparse.Namespace, start: Start, log: Log) -> None:
     if nodes and not options.pid and not options.no_cgroups:
         what = "the device cgroup is the caller's own without --pid, and stays as it is"
         start.warnings.append(f"{what}; say --no-cgroups")
-    place.lock = container_dir.lock_without_note(start.config.state_dir, place)
+    place.lock_root_if_possible(start.config.state_dir)
     try:
         with place.lock:
             prestart.change(start, place, nodes if options.pid else [])

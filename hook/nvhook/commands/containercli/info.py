@@ -13,6 +13,7 @@ from nvhook.commands.containercli import options as containeroptions
 from nvhook.errors import DriverError
 from nvhook.offers import Offers
 from nvhook.request import Request
+from nvhook.start import reporter
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -20,9 +21,10 @@ if TYPE_CHECKING:
 
     from nvhook.config import Config
     from nvhook.driver import Driver
-    from nvhook.gpus import Gpu, Gpus, Selection
-    from nvhook.nvml import Device, Report
+    from nvhook.gpus import Gpu, Gpus
     from nvhook.offers import HostFile, HostNode
+    from nvhook.report import GpuReport, Report
+    from nvhook.selection import Selection
 
 _UNKNOWN = "Unknown"
 _BRANDS = {
@@ -64,7 +66,7 @@ def _print(labels: tuple[str, ...], values: tuple[str, ...]) -> None:
         print(f"{label + ':':15} {value}")
 
 
-def _row(gpu: Gpu, told: Device | None) -> tuple[str, ...]:
+def _row(gpu: Gpu, told: GpuReport | None) -> tuple[str, ...]:
     brand = told.brand if told else _brand(gpu.model)
     domain, _, rest = gpu.pci.partition(":")
     return (
@@ -120,7 +122,7 @@ def list_all(options: argparse.Namespace, config: Config, warnings: list[str]) -
     _complete(options)
     asked = _request(options, containeroptions.devices(options), ("compute", "display"))
     found = host.read(config, asked.capabilities, warnings)
-    chosen = selection.choose(config, asked, found, warnings, keep=_may_keep())
+    chosen = selection.choose(asked, found, reporter(config, found, warnings, keep=_may_keep()), warnings)
     paths = _nodes(asked.capabilities, chosen, found) if options.device else []
     paths += _capabilities(options, config, chosen, found)
     if options.libraries or options.binaries or options.ipcs or options.firmwares:

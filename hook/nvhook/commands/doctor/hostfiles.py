@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import stat
 
-from nvhook import discovery, wsl
+from nvhook import discovery, wsl, wsl_driver
 from nvhook.errors import DriverError
 from nvhook.linux import elf, ldcache
 from nvhook.linux.root import DIRECTORY, Root
@@ -54,7 +54,7 @@ def find(config: Config, version: str, warnings: list[str]) -> list[Entry]:
     if version:
         try:
             if wsl.is_store(version):
-                wsl.discover(config.driver_root, version, opened=Recorder)
+                wsl_driver.discover(config.driver_root, version, opened=Recorder)
             else:
                 discovery.discover(
                     config.driver_root, config.ldcache, version, warnings, proc_root=config.proc_root, opened=Recorder

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from nvhook.commands import Subparsers
     from nvhook.commands.doctor.hostfiles import Entry
     from nvhook.gpus import Gpus
-    from nvhook.nvml import Device, Report
+    from nvhook.report import GpuReport, Report
 
 _NVIDIA = "0x10de"  # the PCI vendor
 _ROOMS = ("", "nvidia-caps", "nvidia-caps-imex-channels", "dri", "infiniband")
@@ -214,7 +214,7 @@ def _nameless(number: int) -> str:
     return f"00000000-0000-0000-0000-{number:012x}"
 
 
-def _mig(device: Device | None) -> object:
+def _mig(device: GpuReport | None) -> object:
     """NVML's report has no names of profiles; nothing but the list of nvidia-smi shows them."""
     if device is None or not device.mig_enabled:
         return "disabled"

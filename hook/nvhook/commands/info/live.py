@@ -12,7 +12,7 @@ from typing import Any
 
 from nvhook import nvml
 from nvhook.config import Config
-from nvhook.nvml import Report
+from nvhook.report import Report
 
 _UUID = "(GPU|MIG)-[0-9A-Za-z/-]{1,80}"
 _NAME = "[ -~]{0,96}"
