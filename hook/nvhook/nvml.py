@@ -103,18 +103,13 @@ def question(config: Config, library: str, find: Callable[[Any], Json], believe:
 
 def _owner(config: Config) -> tuple[int, int]:
     """`nvidia-container-cli.user`, whose form config.py has checked; a name is looked up only now."""
-    user, _, group = config.user.partition(":")
-    if not user:
+    if not config.user:
         return _NOBODY, _NOBODY
-    import grp
-    import pwd
+    from .linux import accounts  # pwd and grp
 
     try:
-        uid = int(user) if user.isdecimal() else pwd.getpwnam(user).pw_uid
-        if not group:
-            return uid, pwd.getpwuid(uid).pw_gid
-        return uid, int(group) if group.isdecimal() else grp.getgrnam(group).gr_gid
-    except KeyError:
+        return accounts.ids(config.user)
+    except (KeyError, ValueError):
         raise ConfigError(
             f"`{config.path}`: `nvidia-container-cli.user` = `{config.user}` names no user or group of this host",
             "write numbers, uid:gid, or take the line out",

@@ -24,7 +24,6 @@ CAPABILITIES = {"compute": "c", "utility": "u", "video": "v", "graphics": "g", "
 
 _MAX_DEVICES = 1024
 _MAX_REQUIREMENTS = 32  # NVIDIA's number
-_NO_ID = (1 << 32) - 1  # to the kernel it means: as it is
 
 # Option -> what the paths have in them that it leaves out.
 _PARTS = {
@@ -212,23 +211,12 @@ def user(text: str) -> str:
     """uid:gid in numbers, of `UID[:GID]` in numbers or names; of nothing: ours."""
     if not text:
         return f"{os.geteuid()}:{os.getegid()}"
-    import grp
-    import pwd
+    from nvhook.linux import accounts  # pwd and grp
 
-    name, colon, group = text.partition(":")
     try:
-        uid = _number(name) if name.isdecimal() else pwd.getpwnam(name).pw_uid
-        if not colon:
-            return f"{uid}:{pwd.getpwuid(uid).pw_gid}"
-        return f"{uid}:{_number(group) if group.isdecimal() else grp.getgrnam(group).gr_gid}"
+        uid, gid = accounts.ids(text)
     except (KeyError, ValueError):
         raise InputError(
             f"parse user/group failed: --user=`{text}` names no user or group of this host", "write numbers, uid:gid"
         ) from None
-
-
-def _number(text: str) -> int:
-    number = int(text) if text.isascii() and len(text) < 11 else _NO_ID
-    if number >= _NO_ID:
-        raise ValueError(text)
-    return number
+    return f"{uid}:{gid}"
