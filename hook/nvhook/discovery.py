@@ -201,11 +201,11 @@ def _cached(root: Root, path: str) -> list[ldcache.Entry]:
 def _directories(entries: list[ldcache.Entry]) -> list[str]:
     """Where to look, once each: first where the linker would find the driver."""
     stems = {stem for seeds in SEEDS.values() for stem in seeds}
-    cached = [os.path.dirname(entry.path) for entry in entries if _stem(entry.name) in stems]
+    cached = [os.path.dirname(entry.path) for entry in entries if stem_of(entry.name) in stems]
     return list(dict.fromkeys([*cached, *_LIBRARY_DIRECTORIES]))
 
 
-def _stem(name: str) -> str:
+def stem_of(name: str) -> str:
     """`libcuda.so` of `libcuda.so.1` and of `libcuda.so.580.159.04`."""
     before, dot_so, _ = name.partition(".so")
     return before + dot_so
@@ -253,7 +253,7 @@ def _names(root: Root, directory: str) -> list[str]:
 
 def _version_in(name: str, version: str) -> tuple[bool, str]:
     """(whether the file may be of driver `version`, the other driver version its name says it is of)."""
-    stem = _stem(os.path.basename(name))
+    stem = stem_of(os.path.basename(name))
     suffix = os.path.basename(name)[len(stem) + 1 :]
     if suffix == version:
         return True, ""
@@ -278,7 +278,7 @@ def _examine(root: Root, path: str, version: str, seen: set[tuple[int, int]]) ->
         real = os.readlink(f"/proc/self/fd/{fd}")
         if not stat.S_ISREG(status.st_mode) or (status.st_dev, status.st_ino) in seen:
             return None, False
-        if not real.endswith(f".so.{version}") and _stem(os.path.basename(real)) not in _OWN_VERSIONS:
+        if not real.endswith(f".so.{version}") and stem_of(os.path.basename(real)) not in _OWN_VERSIONS:
             return None, False
         seen.add((status.st_dev, status.st_ino))
         header = _read_elf(fd, real)
@@ -315,7 +315,7 @@ def _with_capabilities(libraries: list[Library]) -> list[Library]:
         item.foreign = tuple(name for name in item.needed if (name, item.bits) not in by_soname)
         item.needed = tuple(name for name in item.needed if (name, item.bits) in by_soname)
     for capability, seeds in SEEDS.items():
-        todo = [item for item in libraries if _stem(item.soname or item.name) in seeds]
+        todo = [item for item in libraries if stem_of(item.soname or item.name) in seeds]
         while todo:
             item = todo.pop()
             if capability not in names[item.path]:

@@ -85,7 +85,7 @@ def linker_cache(config: Config) -> list[Entry] | None:
     found: list[Entry] = []
     for machine, flags in _FLAGS.items():
         for entry in ldcache.entries_for(entries, machine):
-            if entry.name.partition(".so")[0] + ".so" in stems and entry.path.startswith("/"):
+            if discovery.stem_of(entry.name) in stems and entry.path.startswith("/"):
                 found.append({"name": entry.name, "flags": flags, "path": entry.path})
     return found
 

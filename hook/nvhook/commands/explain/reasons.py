@@ -252,7 +252,7 @@ def _chains(made: Start, bits: int) -> dict[str, dict[str, list[str]]]:
     found: dict[str, dict[str, list[str]]] = {}
     for capability in made.request.capabilities:
         seeds = discovery.SEEDS.get(capability, ())
-        row = [[name] for name in by_name if name.partition(".so")[0] + ".so" in seeds]
+        row = [[name] for name in by_name if discovery.stem_of(name) in seeds]
         while row:
             following = []
             for chain in row:
