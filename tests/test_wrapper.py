@@ -14,9 +14,10 @@ import pytest
 
 from containers import COMPILE, HOOK, WRAPPER
 from nvhook import config as configuration
+from nvhook import spec
 from nvhook.errors import SpecError
 from nvhook.version import VERSION
-from nvruntime import bundle, create
+from nvruntime import bundle
 
 # Leaves its arguments and environment beside itself.
 RUNTIME = """\
@@ -487,7 +488,7 @@ def test_create_no_groups(place: Place, text: str, linux: dict[str, Any]) -> Non
 def test_hook_without_configuration() -> None:
     """Nothing is named to the hook, which then takes its own default."""
     document: dict[str, Any] = {}
-    bundle.add_hook(document, "prestart", "/h/nvidia-container-runtime-hook", [], create.HOOK_ENV)
+    bundle.add_hook(document, "prestart", "/h/nvidia-container-runtime-hook", [], spec.HOOK_ENV)
     hook = {**HOOK_ENTRY, "path": "/h/nvidia-container-runtime-hook"}
     assert {"hooks": {"prestart": [{**hook, "args": ["nvidia-container-runtime-hook", "prestart"]}]}} == document
 

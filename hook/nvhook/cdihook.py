@@ -86,7 +86,7 @@ def run(words: list[str], default_config: str, warnings: list[str]) -> None:
     described = spec.parse(document, state.bundle)
     container = containers.find(state.pid, described.rootfs)
     start = Start(config, described, Request((), arguments.capabilities, (), "CDI"), state.id, warnings)
-    trail = audit.Audit(config, "nvidia-container-runtime-hook", state.id)
+    trail = audit.Audit(config, spec.HOOK, state.id)
     trail.begin(start.request)
     try:
         _choose(start, node_paths(document))

@@ -14,8 +14,18 @@ from .errors import SpecError, reason
 
 _MAX_STATE = 1 << 20
 _MAX_CONFIG = 8 << 20  # an image's environment is in it, and takes tenfold as a record
+
+HOOK = "nvidia-container-runtime-hook"
+# Names under which NVIDIA's hook, and ours, are found in a spec (dockerd's --gpus puts one there).
+HOOK_NAMES = (HOOK, "nvidia-container-toolkit")
+# Where programs are looked up besides PATH.
+USUAL_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+# The environment of our hooks: nothing of the image's, and not empty, because an empty list means to some runtimes that
+# the hook inherits theirs (CVE-2025-23266).
+HOOK_ENV = [f"PATH={USUAL_PATH}"]
+
 # (program, first argument) of hooks in CDI specifications, besides NVIDIA's nvidia-cdi-hook
-_CDI_HOOKS = (("nvidia-ctk", "hook"), ("nvidia-container-runtime-hook", "cdi"))
+_CDI_HOOKS = (("nvidia-ctk", "hook"), (HOOK, "cdi"))
 _LIBRARIES = ("libcuda.so", "libnvidia-ml.so", "libdxcore.so")
 
 TYPE_CHECKING = False

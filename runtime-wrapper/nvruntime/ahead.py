@@ -17,7 +17,6 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from nvhook.start import Start
 
-_PROGRAM = "nvidia-container-runtime-hook"
 _LOOKUP_SECONDS = 2  # for look-ups in the image: what takes longer is left to the hook, which has its own time
 
 
@@ -34,7 +33,7 @@ class Ahead:
         self._fault: NvhookError | None = None
         start.warnings = []  # those of the wrapper are in its log
         self._prepare()
-        self._audit = audit.Audit(start.config, _PROGRAM, start.id, silent=True)
+        self._audit = audit.Audit(start.config, spec.HOOK, start.id, silent=True)
         self._audit.begin(start.request)
 
     def _prepare(self) -> None:
@@ -71,11 +70,11 @@ class Ahead:
         except NvhookError as error:
             self.give_up()
             self._audit.refuse(str(error))
-            print(f"{_PROGRAM}: {error}", file=sys.stderr)
+            print(f"{spec.HOOK}: {error}", file=sys.stderr)
             return 1
         finally:
             for warning in start.warnings:
-                print(one_line(f"{_PROGRAM}: warning: {warning}"), file=sys.stderr)
+                print(one_line(f"{spec.HOOK}: warning: {warning}"), file=sys.stderr)
 
     def give_up(self) -> None:
         """The container is not started: take back what was made on the host for it, by descriptors, because the

@@ -10,13 +10,11 @@ import os
 
 from nvhook import quickjson
 from nvhook.errors import SpecError, reason
+from nvhook.spec import HOOK_NAMES
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from nvhook.spec import Json
-
-# Names under which NVIDIA's hook, and ours, are found in a spec (dockerd's --gpus puts one there).
-HOOK_NAMES = ("nvidia-container-runtime-hook", "nvidia-container-toolkit")
 
 
 def directory(arguments: list[str]) -> str:

@@ -27,10 +27,6 @@ if TYPE_CHECKING:
     from nvhook.start import Start
 
 _PROGRAM = "nvidia-container-runtime"
-_USUAL_PLACES = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
-# The environment of our hooks: nothing of the image's, and not empty, because an empty list means to some runtimes that
-# the hook inherits theirs (CVE-2025-23266).
-HOOK_ENV = [f"PATH={_USUAL_PLACES}"]
 
 
 class Call:
@@ -114,7 +110,7 @@ def _look_up(call: Call, config: Config) -> None:
     """Set `runtime`, as the launcher does; RuntimeLookupError where none is there."""
     if not call.candidates:
         call.candidates = ":".join(config.runtimes)
-        places = [*os.environ.get("PATH", "").split(":"), *_USUAL_PLACES.split(":")]
+        places = [*os.environ.get("PATH", "").split(":"), *spec.USUAL_PATH.split(":")]
         for name in config.runtimes:
             paths = [name] if "/" in name else [f"{place}/{name}" for place in places]
             found = [path for path in paths if os.path.isfile(path) and os.access(path, os.X_OK)]
@@ -178,12 +174,12 @@ def _add_hooks(document: Json, start: Start, hook: str, child: str) -> None:
     config = start.config
     first = ["--child", child] if child else []
     which = ["--config", os.path.abspath(config.path)] if config.path else []
-    bundle.add_hook(document, "prestart", hook, [*first, "--no-audit", *which], HOOK_ENV)
+    bundle.add_hook(document, "prestart", hook, [*first, "--no-audit", *which], spec.HOOK_ENV)
     if start.made:
-        bundle.add_hook(document, "poststart", hook, ["--made", *which], HOOK_ENV)
-        bundle.add_hook(document, "poststop", hook, ["--made", *which], HOOK_ENV)
+        bundle.add_hook(document, "poststart", hook, ["--made", *which], spec.HOOK_ENV)
+        bundle.add_hook(document, "poststop", hook, ["--made", *which], spec.HOOK_ENV)
     else:
-        bundle.add_hook(document, "poststop", hook, ["--state-dir", config.state_dir], HOOK_ENV)
+        bundle.add_hook(document, "poststop", hook, ["--state-dir", config.state_dir], spec.HOOK_ENV)
 
 
 class Log:

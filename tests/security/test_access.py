@@ -16,9 +16,9 @@ import pytest
 
 import containers
 from containers import HOOK, TRY, Workshop
+from nvhook import spec
 from nvhook.linux import cgroups, kernel
 from nvhook.linux.cgroups import Rule
-from nvruntime import create
 from security import hostile
 from test_cgroups import MAJOR, ONLY_NULL, Place, with_v1, with_v2
 
@@ -118,7 +118,7 @@ def test_only_the_numbers_of_the_plan_open(shop: Workshop, settings: Path, versi
     bundle.through = through
     if form == "hook-alone":
         args = ["nvidia-container-runtime-hook", "--config", str(settings), "prestart"]
-        bundle.config["hooks"] = {"prestart": [{"path": str(HOOK), "args": args, "env": create.HOOK_ENV}]}
+        bundle.config["hooks"] = {"prestart": [{"path": str(HOOK), "args": args, "env": spec.HOOK_ENV}]}
     numbers = " ".join(f"{major}:{minor}" for major, minors in _TRIED.items() for minor in minors)
     script = f"""{TRY}
         for number in {numbers}; do mknod /dev/n$number c ${{number%:*}} ${{number#*:}}; try /dev/n$number; done"""

@@ -17,7 +17,7 @@ import pytest
 import containers
 from conftest import cannot
 from containers import HOOK, REPOSITORY, Bundle, Workshop, gpu_lines
-from nvruntime import create
+from nvhook import spec
 
 pytestmark = pytest.mark.root
 
@@ -178,7 +178,7 @@ def test_hook_alone(shop: Workshop, env: str) -> None:
     """As dockerd puts it into a spec; and as an engine would that leaks the image's variables to it."""
     bundle, traps, marker = _traced(shop)
     _, config = shop.copy_of(A100)
-    words = create.HOOK_ENV if env == "explicit" else [f"{name}={value}" for name, value in _at(traps, PYTHON).items()]
+    words = spec.HOOK_ENV if env == "explicit" else [f"{name}={value}" for name, value in _at(traps, PYTHON).items()]
     args = ["nvidia-container-runtime-hook", "--config", str(config), "prestart"]
     bundle.config["hooks"] = {"prestart": [{"path": str(HOOK), "args": args, "env": words}]}
     image = _at(Path("/traps"), PYTHON)
@@ -193,5 +193,5 @@ def test_every_hook_that_we_write_has_an_environment() -> None:
     assert len(written) == 2
     for path in written:
         assert re.search(r'"env": \["PATH=[^"]+"\]', path.read_text())
-    assert [word.partition("=")[0] for word in create.HOOK_ENV] == ["PATH"]
-    assert all(os.path.isabs(part) for part in create.HOOK_ENV[0].partition("=")[2].split(":"))
+    assert [word.partition("=")[0] for word in spec.HOOK_ENV] == ["PATH"]
+    assert all(os.path.isabs(part) for part in spec.HOOK_ENV[0].partition("=")[2].split(":"))

@@ -20,6 +20,7 @@ from nvhook.commands.cdi import files as cdifiles
 from nvhook.commands.cdi import specification as cdispec
 from nvhook.commands.configure import changes
 from nvhook.errors import ConfigError, NvhookError, RequestError, one_line
+from nvhook.spec import HOOK
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -85,7 +86,7 @@ def _add_generate(actions: Subparsers) -> None:
     parser.add_argument(
         "--capabilities", metavar="NAMES", default="all", help="of the driver, as in NVIDIA_DRIVER_CAPABILITIES (all)"
     )
-    parser.add_argument("--hook-path", metavar="PATH", default="", help=f"{cdispec.HOOK}, if it is not beside nvhook")
+    parser.add_argument("--hook-path", metavar="PATH", default="", help=f"{HOOK}, if it is not beside nvhook")
     parser.set_defaults(run=generate)
 
 
@@ -167,11 +168,11 @@ def _capabilities(names: str, config: Config) -> tuple[str, ...]:
 
 
 def _hook_path(chosen: str) -> str:
-    found = program(cdispec.HOOK, chosen)
+    found = program(HOOK, chosen)
     if found:
         return found
     raise ConfigError(
-        f"find the hook `{chosen or cdispec.HOOK}`: no such program",
+        f"find the hook `{chosen or HOOK}`: no such program",
         "install nvhook, or name the program with --hook-path",
     )
 

@@ -21,7 +21,7 @@ from nvhook.linkercache import Ldcache
 from nvhook.linux.root import DIRECTORY, Root
 from nvhook.request import Request
 from nvhook.selection import Selection
-from nvhook.spec import Spec
+from nvhook.spec import HOOK, HOOK_ENV, Spec
 from nvhook.start import Start, reporter
 
 TYPE_CHECKING = False
@@ -36,7 +36,6 @@ if TYPE_CHECKING:
 
     Json = dict[str, Any]
 
-HOOK = "nvidia-container-runtime-hook"
 VERSIONS = ("0.3.0", "0.4.0", "0.5.0", "0.6.0", "0.7.0", "0.8.0", "1.0.0", "1.1.0")
 
 # How devices are called, for each strategy: a GPU, and a MIG device.
@@ -51,9 +50,6 @@ _MIG_NAMES: dict[str, Callable[[MigDevice], str]] = {
     "type-index": lambda item: f"mig{item.gpu.index}:{item.index}",
 }
 STRATEGIES = tuple(_GPU_NAMES)
-
-# The hook's environment: never nothing, because an empty list means to some runtimes that it inherits theirs.
-_HOOK_ENV = ["PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"]
 
 # For nvhook and NVIDIA's runtime, should the container come to one of them as well.
 _ENV = ["NVIDIA_VISIBLE_DEVICES=void"]
@@ -206,7 +202,7 @@ def _hook(edits: list[Edit], wanted: Wanted) -> Json:
         elif isinstance(edit, Ldcache):
             for directory, name, bits in edit.names:
                 words += ["--library" if bits == 64 else "--library32", f"{directory}/{name}"]
-    return {"hookName": "createRuntime", "path": wanted.hook, "args": words, "env": _HOOK_ENV}
+    return {"hookName": "createRuntime", "path": wanted.hook, "args": words, "env": HOOK_ENV}
 
 
 # Versions of CDI

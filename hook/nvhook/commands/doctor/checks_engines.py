@@ -15,8 +15,9 @@ from nvhook.commands.configure.engines import ENGINES
 from nvhook.commands.doctor import dockerd
 from nvhook.commands.doctor.checks_system import PLACES
 from nvhook.commands.doctor.findings import failure, ok, skipped, warning
-from nvhook.commands.doctor.programs import HOOK, NVIDIA, OURS, RUNTIME, whose
+from nvhook.commands.doctor.programs import NVIDIA, OURS, RUNTIME, whose
 from nvhook.errors import ConfigError, reason
+from nvhook.spec import HOOK
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

@@ -14,8 +14,9 @@ import stat
 from nvhook.commands.doctor.checks_driver import driver
 from nvhook.commands.doctor.checks_system import search_path
 from nvhook.commands.doctor.findings import failure, ok, several, warning
-from nvhook.commands.doctor.programs import HOOK, MISSING, NVIDIA, OURS, RUNTIME, whose
+from nvhook.commands.doctor.programs import MISSING, NVIDIA, OURS, RUNTIME, whose
 from nvhook.errors import reason
+from nvhook.spec import HOOK, HOOK_NAMES
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
     from nvhook.commands.doctor.findings import Finding
 
 _HOOKS = ("/usr/share/containers/oci/hooks.d", "/usr/local/share/containers/oci/hooks.d", "/etc/containers/oci/hooks.d")
-_HOOK_NAMES = (HOOK, "nvidia-container-toolkit")
 _CDI = ("/etc/cdi", "/var/run/cdi")
 _MAX_CDI = 256 << 10  # bytes; one for eight GPUs has 30 KiB, and PyYAML takes seconds for a megabyte
 _MAX_ITEMS = 10_000
@@ -86,7 +86,7 @@ def _hook(host: Host, path: str) -> tuple[str, list[str]] | None:
         program, stages = str(document["hook"]["path"]), document.get("stages") or document.get("stage")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None  # not ours to judge
-    if os.path.basename(program) not in _HOOK_NAMES:
+    if os.path.basename(program) not in HOOK_NAMES:
         return None
     return program, [str(stage) for stage in stages] if isinstance(stages, list) else []
 

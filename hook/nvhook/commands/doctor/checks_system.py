@@ -6,7 +6,7 @@ from __future__ import annotations
 import os
 import stat
 
-from nvhook import inventory
+from nvhook import inventory, spec
 from nvhook.commands.configure import configcheck
 from nvhook.commands.doctor.checks_driver import driver
 from nvhook.commands.doctor.examined import kernel_text
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from nvhook.commands.doctor.findings import Finding
 
 # Where the wrapper looks after PATH.
-PLACES = ("/usr/local/sbin", "/usr/local/bin", "/usr/sbin", "/usr/bin", "/sbin", "/bin")
+PLACES = spec.USUAL_PATH.split(":")
 
 
 def check_config(host: Host) -> Iterator[Finding]:

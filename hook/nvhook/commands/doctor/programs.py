@@ -10,7 +10,6 @@ if TYPE_CHECKING:
     from nvhook.commands.doctor.examined import Host
 
 RUNTIME = "nvidia-container-runtime"
-HOOK = "nvidia-container-runtime-hook"
 
 OURS, NVIDIA, MISSING = "ours", "NVIDIA's", ""
 _START = 16 << 10

@@ -10,7 +10,6 @@ from nvhook import device_list, spec
 from nvhook.commands.explain import actual, dockerapi, dockerline, locate
 
 # Under these names dockerd, Podman and the wrapper put it there.
-_HOOKS = ("nvidia-container-runtime-hook", "nvidia-container-toolkit")
 _UNKNOWN = "image or command line"
 # What these engines write into a config.json besides the annotations of the command line.
 _MARKS = {"podman": {"io.container.manager": "libpod"}, "nerdctl": {"nerdctl/namespace": "default"}}
@@ -154,7 +153,7 @@ def _has_hook(document: spec.Json) -> bool:
     hooks = document.get("hooks")
     stages = hooks.values() if isinstance(hooks, dict) else []
     listed = [hook for stage in stages if isinstance(stage, list) for hook in stage if isinstance(hook, dict)]
-    return any(os.path.basename(str(hook.get("path"))) in _HOOKS for hook in listed)
+    return any(os.path.basename(str(hook.get("path"))) in spec.HOOK_NAMES for hook in listed)
 
 
 def _arguments(document: spec.Json) -> list[str]:
