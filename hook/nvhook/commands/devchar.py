@@ -11,19 +11,17 @@ import os
 import stat
 from pathlib import Path
 
-from nvhook import gpus, plan
+from nvhook import gpus
 from nvhook.config import CAPABILITIES
 from nvhook.errors import ConfigError, DeviceError, reason
-from nvhook.offers import Offers
 
-from . import load
+from . import hardware, load
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     import argparse
 
     from nvhook.config import Config
-    from nvhook.edits import Device
     from nvhook.gpus import Gpus
 
     from . import Subparsers
@@ -85,12 +83,7 @@ def possible(config: Config, dev: Path) -> list[tuple[Path, str]]:
         host = gpus.read(config.proc_root)
     except DeviceError:
         return []
-    devices: list[Device] = []
-    for capability in CAPABILITIES:
-        try:
-            devices += plan.devices((capability,), host.gpus, Offers(host))
-        except DeviceError:
-            continue  # without nvidia-uvm, whose number is not known then
+    devices = hardware.nodes(host, CAPABILITIES)
     found = {dev / item.path.removeprefix("/dev/"): f"{item.major}:{item.minor}" for item in devices}
     return [*found.items(), *_capabilities(config, dev, host)]
 

@@ -10,8 +10,9 @@ import os
 import stat
 
 from nvhook import gpus, inventory, sockets, wsl
-from nvhook.commands.doctor.examined import kernel_text, listed
+from nvhook.commands import hardware
 from nvhook.commands.doctor.findings import failure, ok, several, skipped, warning
+from nvhook.commands.kernelfiles import kernel_text
 from nvhook.errors import DriverError
 
 TYPE_CHECKING = False
@@ -22,9 +23,6 @@ if TYPE_CHECKING:
     from nvhook.commands.doctor.findings import Finding
     from nvhook.gpus import Gpus
 
-_NVIDIA = "0x10de"  # the PCI vendor
-_DISPLAY = "0x03"  # the PCI class of what draws, and of accelerators that once did
-_MAJOR = 195  # of the GPUs' nodes, fixed by the kernel's list of devices
 _SECURE_BOOT = "firmware/efi/efivars/SecureBoot-8be4df61-93ca-11d2-aa0d-00e098032b8c"
 _KEYS = ("/var/lib/shim-signed/mok/MOK.der", "/var/lib/dkms/mok.pub")  # what Ubuntu and DKMS sign modules with
 _NOUVEAU = "printf 'blacklist nouveau\\noptions nouveau modeset=0\\n' > /etc/modprobe.d/nouveau.conf"
@@ -38,20 +36,9 @@ def driver(host: Host) -> Gpus | None:
     return wsl.find(host.config.driver_root, host.config.dev_root)
 
 
-def hardware(host: Host) -> dict[str, str]:
-    """PCI address of each of NVIDIA's GPUs -> the driver that has it, or empty."""
-    found = {}
-    for address in listed(f"{host.sys}/bus/pci/devices"):
-        place = f"{host.sys}/bus/pci/devices/{address}"
-        is_gpu = kernel_text(f"{place}/class").startswith(_DISPLAY)
-        if is_gpu and kernel_text(f"{place}/vendor").strip() == _NVIDIA:
-            found[address] = _target(f"{place}/driver")
-    return found
-
-
 def has_gpu(host: Host) -> bool:
     is_wsl = os.path.exists(f"{host.dev}/dxg")
-    return is_wsl or _is_tegra(host) or gpus.is_loaded(host.config.proc_root) or bool(hardware(host))
+    return is_wsl or _is_tegra(host) or gpus.is_loaded(host.config.proc_root) or bool(hardware.pci_gpus(host.sys))
 
 
 def check_module(host: Host) -> Iterator[Finding]:
@@ -70,7 +57,7 @@ def check_module(host: Host) -> Iterator[Finding]:
 
 def _missing_module(host: Host) -> Finding:
     """The first cause that can be seen."""
-    drivers = set(hardware(host).values())
+    drivers = set(hardware.pci_gpus(host.sys).values())
     name = "kernel module"
     if "nouveau" in drivers or "nouveau " in kernel_text(f"{host.proc}/modules"):
         return failure(
@@ -102,7 +89,7 @@ def check_gpus(host: Host) -> Iterator[Finding]:
         return
     yield ok("GPUs", ", ".join(f"{gpu.index} {gpu.model or gpu.pci}" for gpu in found.gpus))
     known = {gpu.pci.lower() for gpu in found.gpus}
-    for address, name in hardware(host).items():
+    for address, name in hardware.pci_gpus(host.sys).items():
         if address.lower() not in known and name in ("", "nvidia"):
             yield warning(f"GPU {address}", "is on the PCI bus, and the driver does not use it", _LOG)
 
@@ -161,11 +148,9 @@ def check_uvm(host: Host) -> Iterator[Finding]:
 
 
 def nodes(found: Gpus) -> dict[str, tuple[int, int]]:
-    """Name in /dev -> the numbers that the loaded modules have, of those that a container may get."""
-    numbers = {"nvidiactl": (_MAJOR, 255)}
-    numbers |= {f"nvidia{gpu.minor}": (_MAJOR, gpu.minor) for gpu in found.gpus}
-    uvm = found.majors.get("nvidia-uvm")
-    return numbers if uvm is None else {**numbers, "nvidia-uvm": (uvm, 0), "nvidia-uvm-tools": (uvm, 1)}
+    """Name in /dev -> the numbers that the loaded modules have, of the nodes that a container is given by default."""
+    devices = hardware.nodes(found, ("utility", "compute"))
+    return {device.path.removeprefix("/dev/"): (device.major, device.minor) for device in devices}
 
 
 def check_nodes(host: Host) -> Iterator[Finding]:
@@ -231,13 +216,6 @@ def _numbers(path: str) -> str:
 
 def _is_tegra(host: Host) -> bool:
     return not gpus.is_loaded(host.config.proc_root) and host.files.exists("/etc/nv_tegra_release")
-
-
-def _target(link: str) -> str:
-    try:
-        return os.path.basename(os.readlink(link))
-    except OSError:
-        return ""
 
 
 def _release(host: Host) -> str:

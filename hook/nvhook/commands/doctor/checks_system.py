@@ -9,9 +9,9 @@ import stat
 from nvhook import inventory, spec
 from nvhook.commands.configure import configcheck
 from nvhook.commands.doctor.checks_driver import driver
-from nvhook.commands.doctor.examined import kernel_text
 from nvhook.commands.doctor.findings import failure, ok, skipped, warning
 from nvhook.commands.doctor.snapshot import cgroup_version
+from nvhook.commands.kernelfiles import kernel_text
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 import os
 
-from nvhook.commands.doctor.examined import kernel_text
+from nvhook.commands.kernelfiles import kernel_text
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

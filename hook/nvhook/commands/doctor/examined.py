@@ -10,15 +10,13 @@ from __future__ import annotations
 import os
 import stat
 
+from nvhook.commands.kernelfiles import MAX_NAMES, MAX_TEXT
 from nvhook.errors import ConfigError, reason
 from nvhook.linux.root import DIRECTORY, Root
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from nvhook.config import Config
-
-_MAX_TEXT = 1 << 20
-_MAX_NAMES = 4096
 
 
 class Host:
@@ -41,7 +39,7 @@ class Host:
 
     def read(self, path: str) -> bytes:
         """A file of at most 1 MiB below the root; OSError for another, and for what is no file."""
-        return self.files.read(path, _MAX_TEXT)
+        return self.files.read(path, MAX_TEXT)
 
     def text(self, path: str) -> str:
         """Its text, or empty."""
@@ -51,7 +49,7 @@ class Host:
             return ""
 
     def names(self, path: str) -> list[str]:
-        return self.files.names(path)[:_MAX_NAMES]
+        return self.files.names(path)[:MAX_NAMES]
 
     def is_program(self, path: str) -> bool:
         try:
@@ -63,28 +61,3 @@ class Host:
             return stat.S_ISREG(status.st_mode) and bool(status.st_mode & 0o111)
         finally:
             os.close(fd)
-
-
-def kernel_text(path: str, limit: int = _MAX_TEXT) -> str:
-    """What a file of /proc or /sys says, or empty where it is not there or not for us.
-
-    Their sizes say nothing, so that it is read until it ends.
-    """
-    try:
-        # A pipe without a writer would hold us up; in a tree that is no /proc one can be.
-        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    except OSError:
-        return ""
-    try:
-        with open(fd, "rb") as file:
-            is_file = stat.S_ISREG(os.fstat(fd).st_mode)
-            return file.read(limit).decode(errors="replace") if is_file else ""
-    except OSError:
-        return ""
-
-
-def listed(directory: str) -> list[str]:
-    try:
-        return sorted(os.listdir(directory))[:_MAX_NAMES]
-    except OSError:
-        return []

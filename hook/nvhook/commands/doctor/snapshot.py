@@ -14,9 +14,10 @@ import stat
 import sys
 
 from nvhook import features, gpus, inventory, requirements, wsl
-from nvhook.commands import load
+from nvhook.commands import hardware, load
 from nvhook.commands.doctor import hostfiles
-from nvhook.commands.doctor.examined import Host, kernel_text, listed
+from nvhook.commands.doctor.examined import Host
+from nvhook.commands.kernelfiles import kernel_text, listed
 from nvhook.errors import ConfigError, NvhookError, reason
 
 TYPE_CHECKING = False
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
     from nvhook.gpus import Gpus
     from nvhook.report import GpuReport, Report
 
-_NVIDIA = "0x10de"  # the PCI vendor
 _ROOMS = ("", "nvidia-caps", "nvidia-caps-imex-channels", "dri", "infiniband")
 _MODULES = ("nvidia", "nouveau")
 _FREE_TEXT = ("content", "object", "reason", "remedy")
@@ -278,7 +278,7 @@ def _sys(host: Host) -> Entry:
         place = f"{top}/{address}"
         names = ["vendor", "device", "class", *(f"drm/{name}/dev" for name in listed(f"{host.sys}/{place}/drm"))]
         texts = {f"/sys/{place}/{name}": kernel_text(f"{host.sys}/{place}/{name}") for name in names}
-        if texts[f"/sys/{place}/vendor"].strip() in ("", _NVIDIA):  # a tree made by hand may not say
+        if texts[f"/sys/{place}/vendor"].strip() in ("", hardware.NVIDIA):  # a tree made by hand may not say
             found |= {path: text for path, text in texts.items() if text}
     firmware = "module/firmware_class/parameters/path"
     text = kernel_text(f"{host.sys}/{firmware}")

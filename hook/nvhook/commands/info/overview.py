@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from nvhook import host, inventory, kmods, mig, plan, procfs, requirements
+from nvhook.commands import hardware
 from nvhook.commands.info import live, processes
 from nvhook.commands.info.live import Now
 from nvhook.commands.info.processes import Process
@@ -18,11 +19,6 @@ from nvhook.config import CAPABILITIES, Config
 from nvhook.driver import Driver
 from nvhook.errors import DriverError, NvhookError, reason
 from nvhook.gpus import Gpus
-from nvhook.offers import Offers
-
-_NVIDIA = "0x10de"  # PCI vendor
-_DISPLAY = "0x03"  # PCI class: display controllers, which all GPUs are
-_SMALL = 64
 
 
 @dataclass
@@ -112,7 +108,7 @@ def make(config: Config, warnings: list[str], files: Driver | None = None) -> Ov
 
 
 def without_driver(proc_root: str, error: NvhookError) -> str:
-    cards = len(_cards(os.path.join(proc_root, "sys/bus/pci/devices")))
+    cards = len(hardware.pci_gpus(os.path.join(proc_root, "sys")))
     count = f"{cards or 'no'} NVIDIA GPU{'s' * (cards > 1)} on the PCI bus"
     return f"{count}, and no driver that containers could have: {sentence(error)}"
 
@@ -120,26 +116,6 @@ def without_driver(proc_root: str, error: NvhookError) -> str:
 def sentence(error: NvhookError) -> str:
     """Without its stage: nothing has failed here."""
     return f"{error.message}; {error.hint}" if error.hint else error.message
-
-
-def _cards(directory: str) -> list[str]:
-    try:
-        names = sorted(os.listdir(directory))
-    except OSError:
-        return []
-    return [
-        name
-        for name in names
-        if _first(f"{directory}/{name}/vendor") == _NVIDIA and _first(f"{directory}/{name}/class").startswith(_DISPLAY)
-    ]
-
-
-def _first(path: str) -> str:
-    try:
-        with open(path, encoding="ascii", errors="replace") as file:
-            return file.read(_SMALL).strip()
-    except OSError:
-        return ""
 
 
 def _module(proc_root: str) -> str:
@@ -157,13 +133,11 @@ def lacking(config: Config, found: Gpus) -> list[str]:
         return lacks
     if not found.gpus:
         lacks.append("the driver has no GPU; see `dmesg | grep -i nvrm`")
-    wanted: tuple[str, ...] = CAPABILITIES
     if "nvidia-uvm" not in found.majors:
         by_hand = "load it with `modprobe nvidia-uvm`"
         remedy = "the first container that computes loads it" if kmods.modprobe(config) else by_hand
         lacks.append(f"the nvidia-uvm kernel module is not loaded; {remedy}")
-        wanted = ("utility",)
-    nodes = [node.path for node in plan.devices(wanted, found.gpus, Offers(found))]
+    nodes = [node.path for node in hardware.nodes(found, CAPABILITIES)]
     absent = [path for path in nodes if not os.path.lexists(config.dev_root.rstrip("/") + path)]
     if absent:
         lacks.append(f"no {', '.join(absent)}; the first container that gets them makes them")
