@@ -336,6 +336,16 @@ def test_config_that_is_named_and_not_there(patient: Patient) -> None:
     assert errors == f"nvhook: config error: read `{patient.config}`: no such file\n"
 
 
+@pytest.mark.parametrize("sign", ["driver/etc/nv_tegra_release", "sys/devices/soc0/family"])
+def test_tegra(patient: Patient, sign: str) -> None:
+    """By the signs for which a start is refused."""
+    shutil.rmtree(patient.host / "proc/driver")
+    patient.write(sign, "tegra234\n")
+    found = patient.finding("module")
+    assert found["status"] == "failure"
+    assert found["reason"] == "this is a Tegra, whose integrated GPU has another driver"
+
+
 def test_socket_where_nobody_listens(patient: Patient) -> None:
     patient.docker()
     (patient.root / "run").mkdir(exist_ok=True)

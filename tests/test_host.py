@@ -174,6 +174,7 @@ def test_tegra(tmp_path: Path, path: str, content: str, is_tegra: bool) -> None:
     expected: type[DriverError | DeviceError] = DriverError if is_tegra else DeviceError
     with pytest.raises(expected) as raised:
         host.read(_config(tmp_path), _asked(), [], modprobe="")
+    assert host.kind(_config(tmp_path)) == (host.TEGRA if is_tegra else host.NONE)
     if is_tegra:
         assert str(raised.value) == (
             f"driver error: this is a Tegra, as `{file}` says, and its integrated GPU is not supported; "
@@ -185,6 +186,7 @@ def test_tegra_with_a_card(proc: Path) -> None:
     (proc / "etc").mkdir()
     (proc / "etc/nv_tegra_release").touch()
     assert len(host.read(_config(proc), _asked(), []).gpus) == 2
+    assert host.kind(_config(proc)) == host.KERNEL_MODULE
 
 
 # WSL 2
@@ -223,6 +225,7 @@ def test_wsl_newest_of_several_stores(tmp_path: Path) -> None:
 def test_wsl_without_a_driver(tmp_path: Path, stores: tuple[str, ...]) -> None:
     with pytest.raises(DriverError) as raised:
         host.read(_config(_windows(tmp_path, *stores)), _asked(), [])
+    assert host.kind(_config(tmp_path)) == host.WSL
     assert str(raised.value) == (
         "driver error: this is WSL 2, as `/dev/dxg` says, and no directory below `/usr/lib/wsl/drivers` has "
         "libcuda.so.1.1; install NVIDIA's driver in Windows, and none in WSL; then `wsl --shutdown`"

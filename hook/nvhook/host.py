@@ -22,6 +22,32 @@ if TYPE_CHECKING:
     from .selection import Selection
 
 
+KERNEL_MODULE, WSL, TEGRA, NONE = "kernel module", "WSL 2", "Tegra", "none"
+
+
+def kind(config: Config) -> str:
+    """Through what the host has its GPUs at this moment."""
+    if gpus.is_loaded(config.proc_root):
+        return KERNEL_MODULE
+    from . import wsl  # only where there is no kernel module
+
+    if wsl.node(config.dev_root) is not None:
+        return WSL
+    return TEGRA if _tegra_sign(config) else NONE
+
+
+def find(config: Config) -> Gpus | None:
+    """The GPUs of the kernel module or of WSL 2; None on a host of another kind. DeviceError, DriverError."""
+    found = kind(config)
+    if found == KERNEL_MODULE:
+        return gpus.read(config.proc_root)
+    if found != WSL:
+        return None
+    from . import wsl
+
+    return wsl.find(config.driver_root, config.dev_root)
+
+
 def read(config: Config, capabilities: tuple[str, ...], warnings: list[str], *, modprobe: str | None = None) -> Gpus:
     """The host's GPUs, with the kernel modules that `capabilities` need.
 
@@ -30,15 +56,12 @@ def read(config: Config, capabilities: tuple[str, ...], warnings: list[str], *, 
 
     DeviceError when a module is not there, DriverError for a host that nvhook does not serve.
     """
-    if not gpus.is_loaded(config.proc_root):
-        from . import wsl  # only where there is no kernel module
-
-        on_wsl = wsl.find(config.driver_root, config.dev_root)
-        if on_wsl is not None:
-            return on_wsl
+    found = find(config)
+    if found is None:
         _refuse_tegra(config)
         return _load(["nvidia", *_modules(capabilities, {})], config, warnings, modprobe)
-    found = gpus.read(config.proc_root)
+    if found.dxg is not None:
+        return found
     missing = _modules(capabilities, found.majors)
     return _load(missing, config, warnings, modprobe) if missing else found
 
@@ -87,6 +110,16 @@ def _load(missing: list[str], config: Config, warnings: list[str], modprobe: str
 
 def _refuse_tegra(config: Config) -> None:
     """A Tegra's integrated GPU has another driver, whose files differ from board to board."""
+    path = _tegra_sign(config)
+    if path:
+        raise DriverError(
+            f"this is a Tegra, as `{path}` says, and its integrated GPU is not supported",
+            "use NVIDIA's container toolkit on this host",
+        )
+
+
+def _tegra_sign(config: Config) -> str:
+    """The file that says that this is a Tegra, or empty."""
     signs = (
         (os.path.join(config.driver_root, "etc/nv_tegra_release"), ""),
         (os.path.join(config.proc_root, "sys/devices/soc0/family"), "tegra"),
@@ -94,11 +127,8 @@ def _refuse_tegra(config: Config) -> None:
     for path, start in signs:
         try:
             with open(path, encoding="utf-8", errors="replace") as file:
-                is_tegra = file.read(64).lower().startswith(start)
+                if file.read(64).lower().startswith(start):
+                    return path
         except OSError:
             continue
-        if is_tegra:
-            raise DriverError(
-                f"this is a Tegra, as `{path}` says, and its integrated GPU is not supported",
-                "use NVIDIA's container toolkit on this host",
-            )
+    return ""

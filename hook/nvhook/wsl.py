@@ -22,13 +22,19 @@ STORES = "/usr/lib/wsl/drivers"
 _CUDA = "libcuda.so.1.1"  # the file name is Windows' choice, and no version
 
 
-def find(driver_root: str, dev_root: str) -> Gpus | None:
-    """None on another kind of host. DriverError where Windows has no driver of NVIDIA's."""
+def node(dev_root: str) -> os.stat_result | None:
+    """/dev/dxg, or None on another kind of host."""
     try:
         status = os.stat(os.path.join(dev_root, "dev/dxg"))
     except OSError:
         return None
-    if not stat.S_ISCHR(status.st_mode):
+    return status if stat.S_ISCHR(status.st_mode) else None
+
+
+def find(driver_root: str, dev_root: str) -> Gpus | None:
+    """None on another kind of host. DriverError where Windows has no driver of NVIDIA's."""
+    status = node(dev_root)
+    if status is None:
         return None
     stores = _stores(driver_root)
     if not stores:

@@ -9,7 +9,8 @@ from __future__ import annotations
 import os
 import stat
 
-from nvhook import gpus, inventory, sockets, wsl
+from nvhook import host as hosts
+from nvhook import inventory, sockets
 from nvhook.commands import hardware
 from nvhook.commands.doctor.findings import failure, ok, several, skipped, warning
 from nvhook.commands.kernelfiles import kernel_text
@@ -30,19 +31,16 @@ _LOG = "dmesg | grep -i -e nvrm -e xid"
 
 
 def driver(host: Host) -> Gpus | None:
-    """The GPUs that NVIDIA's driver has; None where its module is not loaded. DeviceError, DriverError."""
-    if gpus.is_loaded(host.config.proc_root):
-        return gpus.read(host.config.proc_root)
-    return wsl.find(host.config.driver_root, host.config.dev_root)
+    """The GPUs that NVIDIA's driver has; None where there is none. DeviceError, DriverError."""
+    return hosts.find(host.config)
 
 
 def has_gpu(host: Host) -> bool:
-    is_wsl = os.path.exists(f"{host.dev}/dxg")
-    return is_wsl or _is_tegra(host) or gpus.is_loaded(host.config.proc_root) or bool(hardware.pci_gpus(host.sys))
+    return hosts.kind(host.config) != hosts.NONE or bool(hardware.pci_gpus(host.sys))
 
 
 def check_module(host: Host) -> Iterator[Finding]:
-    if _is_tegra(host):
+    if hosts.kind(host.config) == hosts.TEGRA:
         reason = "this is a Tegra, whose integrated GPU has another driver"
         yield failure("kernel module", reason, "use NVIDIA's container toolkit on this host")
         return
@@ -212,10 +210,6 @@ def _numbers(path: str) -> str:
     if not stat.S_ISCHR(status.st_mode):
         return "no character device"
     return f"{os.major(status.st_rdev)}:{os.minor(status.st_rdev)}"
-
-
-def _is_tegra(host: Host) -> bool:
-    return not gpus.is_loaded(host.config.proc_root) and host.files.exists("/etc/nv_tegra_release")
 
 
 def _release(host: Host) -> str:

@@ -13,7 +13,8 @@ import re
 import stat
 import sys
 
-from nvhook import features, gpus, inventory, requirements, wsl
+from nvhook import features, inventory, requirements, wsl
+from nvhook import host as hosts
 from nvhook.commands import hardware, load
 from nvhook.commands.doctor import hostfiles
 from nvhook.commands.doctor.examined import Host
@@ -156,16 +157,9 @@ def cgroup_version(host: Host) -> int:
 
 
 def _gpus(host: Host, warnings: list[str]) -> tuple[Gpus | None, str]:
-    config = host.config
     try:
-        if gpus.is_loaded(config.proc_root):
-            found = gpus.read(config.proc_root)
-        else:
-            store = wsl.find(config.driver_root, config.dev_root)
-            if store is None:
-                return None, ""
-            found = store
-        return found, found.driver_version
+        found = hosts.find(host.config)
+        return found, found.driver_version if found else ""
     except NvhookError as error:
         warnings.append(str(error))
         return None, ""
