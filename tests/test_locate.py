@@ -16,7 +16,8 @@ from typing import Any
 
 import pytest
 
-from nvhook.commands.explain import dockerapi, locate
+from nvhook.commands import dockerapi
+from nvhook.commands.explain import locate
 from nvhook.errors import ContainerError
 
 pytestmark = pytest.mark.usefixtures("socket_path")
@@ -194,6 +195,28 @@ def test_engine_that_answers_oddly(tmp_path: Path, socket_path: Path, answer: ob
     with engine(socket_path, {"/containers/web/json": answer}), pytest.raises(ContainerError) as caught:
         locate.find("web", run=str(tmp_path))
     assert f"container error: ask the engine at `{socket_path}`: {message}" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [(b"hello\r\n", "not HTTP: hello"), (b"", "remote end closed connection without response")],
+    ids=["text", "nothing"],
+)
+def test_engine_that_does_not_speak_http(tmp_path: Path, socket_path: Path, answer: bytes, message: str) -> None:
+    class Handler(socketserver.StreamRequestHandler):
+        def handle(self) -> None:
+            while self.rfile.readline().strip():
+                pass
+            self.wfile.write(answer)
+
+    with socketserver.UnixStreamServer(str(socket_path), Handler) as server:
+        thread = threading.Thread(target=server.handle_request)
+        thread.start()
+        with pytest.raises(ContainerError) as caught:
+            locate.find("web", run=str(tmp_path))
+        thread.join()
+    expected = f"container error: ask the engine at `{socket_path}`: {message}; is it in good health?"
+    assert str(caught.value) == expected
 
 
 def test_engine_that_nobody_serves() -> None:

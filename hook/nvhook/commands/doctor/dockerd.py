@@ -3,9 +3,9 @@
 
 from __future__ import annotations
 
-import json
 import os
 
+from nvhook.commands import dockerapi
 from nvhook.commands.kernelfiles import kernel_text
 
 TYPE_CHECKING = False
@@ -14,13 +14,9 @@ if TYPE_CHECKING:
 
     from nvhook.commands.doctor.examined import Host
 
-SOCKET = "/run/docker.sock"
+SOCKET = dockerapi.DOCKER
 # A process of a container may go by any name; these files are root's.
 _PID_FILES = ("/run/docker.pid", "/run/snap.docker/docker.pid")
-_SECONDS = 5
-_MAX_ANSWER = 1 << 20
-# Of version 1.0, so that the answer comes in one piece and ends with the connection.
-_QUESTION = b"GET /info HTTP/1.0\r\nHost: localhost\r\n\r\n"
 
 
 def process(host: Host) -> str:
@@ -36,33 +32,14 @@ def process(host: Host) -> str:
 
 def info(host: Host) -> dict[str, Any]:
     """What `docker info` shows, `Runtimes` among it; OSError where nobody answers, ValueError for no such answer."""
-    head, _, body = _ask(host).partition(b"\r\n\r\n")
-    if head.split(b" ", 2)[1:2] != [b"200"]:
-        raise ValueError(f"`{head[:80].decode(errors='replace')}` is no answer")
-    try:
-        document = json.loads(body)
-    except RecursionError:
-        raise ValueError("too deeply nested") from None
-    if not isinstance(document, dict) or not isinstance(document.get("Runtimes"), dict):
-        raise ValueError("the answer names no runtimes")
-    return document
-
-
-def _ask(host: Host) -> bytes:
-    import socket  # for one check of one command
-
     held = host.files.open(SOCKET)
-    answer = bytearray()
     try:
-        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
-            connection.settimeout(_SECONDS)
-            connection.connect(f"/proc/self/fd/{held}")  # whatever the length of its path
-            connection.sendall(_QUESTION)
-            while len(answer) <= _MAX_ANSWER and (piece := connection.recv(1 << 16)):
-                answer += piece
+        document = dockerapi.get(f"/proc/self/fd/{held}", "/info")  # whatever the length of its path
     finally:
         os.close(held)
-    return bytes(answer)
+    if document is None or not isinstance(document.get("Runtimes"), dict):
+        raise ValueError("the answer names no runtimes")
+    return document
 
 
 def search_path(process: str) -> list[str]:

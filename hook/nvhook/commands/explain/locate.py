@@ -16,8 +16,8 @@ import subprocess
 from typing import Any
 
 from nvhook import device_list, spec
-from nvhook.commands.explain import dockerapi
-from nvhook.commands.explain.dockerapi import Json, member, variables
+from nvhook.commands import dockerapi
+from nvhook.commands.dockerapi import Json, member, variables
 from nvhook.errors import ContainerError, reason
 
 # Below /run -> the names of containers; a star stands for any one directory.

@@ -7,7 +7,8 @@ from __future__ import annotations
 import os
 
 from nvhook import device_list, spec
-from nvhook.commands.explain import actual, dockerapi, dockerline, locate
+from nvhook.commands import dockerapi
+from nvhook.commands.explain import actual, dockerline, locate
 
 # Under these names dockerd, Podman and the wrapper put it there.
 _UNKNOWN = "image or command line"

@@ -4,6 +4,7 @@ ever asked; nothing is changed."""
 
 from __future__ import annotations
 
+import errno
 import http.client
 import json
 import os
@@ -15,7 +16,7 @@ from nvhook.errors import ContainerError, reason
 
 Json = dict[str, Any]
 
-_DOCKER = "/var/run/docker.sock"
+DOCKER = "/run/docker.sock"
 _PODMAN = "/run/podman/podman.sock"
 _SECONDS = 5
 _MAX_ANSWER = 8 << 20  # bytes; an image's environment is in it
@@ -37,43 +38,52 @@ class Api:
     def info(self) -> Json | None:
         return self._get("/info")
 
-    def _get(self, path: str) -> Json | None:
+    def _get(self, resource: str) -> Json | None:
         """None where nobody listens, or the engine has no such object; ContainerError for every other fault."""
-        connection = _Connection(self.path)
         try:
-            connection.request("GET", path)
-            answer = connection.getresponse()
-            content = answer.read(_MAX_ANSWER + 1)
+            return get(self.path, resource)
         except (FileNotFoundError, ConnectionRefusedError):
             return None
         except PermissionError:
-            hint = "run nvhook as root, or as a user who may use the engine"
-            raise ContainerError(f"ask the engine at `{self.path}`: permission denied", hint) from None
-        except (OSError, http.client.HTTPException) as error:
-            why = reason(error) if isinstance(error, OSError) else str(error)
-            raise ContainerError(f"ask the engine at `{self.path}`: {why}", "is it in good health?") from None
-        finally:
-            connection.close()
-        if answer.status == 404:
-            return None
-        return self._parsed(content, answer.status)
+            remedy = "run nvhook as root, or as a user who may use the engine"
+            raise ContainerError(f"ask the engine at `{self.path}`: permission denied", remedy) from None
+        except OSError as error:
+            raise ContainerError(f"ask the engine at `{self.path}`: {reason(error)}", "is it in good health?") from None
+        except ValueError as error:
+            raise ContainerError(f"ask the engine at `{self.path}`: {error}") from None
 
-    def _parsed(self, content: bytes, status: int) -> Json:
-        if status != 200 or len(content) > _MAX_ANSWER:
-            raise ContainerError(f"ask the engine at `{self.path}`: status {status}, {len(content)} bytes")
-        try:
-            document = json.loads(content)
-        except (ValueError, RecursionError) as error:
-            raise ContainerError(f"ask the engine at `{self.path}`: no JSON: {error}") from None
-        if not isinstance(document, dict):
-            raise ContainerError(f"ask the engine at `{self.path}`: not a JSON object")
-        return document
+
+def get(path: str, resource: str) -> Json | None:
+    """The engine's answer, None where it has no such object. OSError where it does not answer; ValueError, with the
+    reason, for an answer of another kind."""
+    connection = _Connection(path)
+    try:
+        connection.request("GET", resource)
+        answer = connection.getresponse()
+        content = answer.read(_MAX_ANSWER + 1)
+    except http.client.HTTPException as error:
+        if isinstance(error, OSError):  # the connection has ended without an answer
+            raise
+        raise OSError(errno.EPROTO, f"not HTTP: {str(error).strip()}") from None
+    finally:
+        connection.close()
+    if answer.status == 404:
+        return None
+    if answer.status != 200 or len(content) > _MAX_ANSWER:
+        raise ValueError(f"status {answer.status}, {len(content)} bytes")
+    try:
+        document = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"no JSON: {error}") from None
+    if not isinstance(document, dict):
+        raise ValueError("not a JSON object")
+    return document
 
 
 def docker() -> Api:
     """DOCKER_HOST is where the user's own docker command asks; one elsewhere than on this machine is of no use."""
     host = os.environ.get("DOCKER_HOST", "")
-    return Api(host.removeprefix("unix://") if host.startswith("unix://") else _DOCKER)
+    return Api(host.removeprefix("unix://") if host.startswith("unix://") else DOCKER)
 
 
 def podman() -> Api:
