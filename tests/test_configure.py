@@ -587,6 +587,13 @@ def test_containerd_3_has_a_drop_in(host: Host) -> None:
     assert tomllib.loads(drop_in.read_text())["version"] == 3
 
 
+def test_containerd_3_imports_another_directory(host: Host) -> None:
+    """A star of containerd's stands within one name, so that `*.toml` does not mean a file in conf.d."""
+    file = _write(host.place / "config.toml", "imports = ['*.toml']\nversion = 3\n")
+    host.done("containerd", file=file)
+    assert tomllib.loads(file.read_text())["imports"] == ["*.toml", f"{host.place}/conf.d/99-nvhook*.toml"]
+
+
 def test_containerd_3_imports_our_directory_already(host: Host) -> None:
     text = CONTAINERD_FILES["version-3-conf-d"]
     file = _write(host.place / "config.toml", text)

@@ -17,7 +17,7 @@ from nvhook.errors import ConfigError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
     from typing import Any
 
     # The keys that lead to a value, outermost first.
@@ -89,6 +89,22 @@ def lookup(table: Table, path: Path) -> object:
             return None
         found = found[key]
     return found
+
+
+def merged(documents: Iterable[Document]) -> Table:
+    """What files say together that are read one after the other: tables are merged, of other values the last counts."""
+    table: Table = {}
+    for document in documents:
+        _merge(table, copy.deepcopy(document.table))
+    return table
+
+
+def _merge(table: Table, other: Table) -> None:
+    for key, value in other.items():
+        if isinstance(value, dict) and isinstance(table.get(key), dict):
+            _merge(table[key], value)
+        else:
+            table[key] = value
 
 
 def same(one: object, other: object) -> bool:

@@ -13,23 +13,23 @@ podman      a drop-in in containers.conf.d, merged key by key.
 from __future__ import annotations
 
 import copy
-import fnmatch
-import glob
 import os
 import re
 import shutil
 
 from nvhook import gpus
+from nvhook.commands import containerdfiles
 from nvhook.commands.configure.changes import File
-from nvhook.commands.configure.documents import Json, Toml, dotted, lookup, same
+from nvhook.commands.configure.documents import Json, Toml, dotted, lookup, merged, same
 from nvhook.errors import ConfigError, DeviceError
+from nvhook.linux.root import DIRECTORY, Root
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from nvhook.commands.configure.changes import Settings
-    from nvhook.commands.configure.documents import Path, Table
+    from nvhook.commands.configure.documents import Document, Path, Table
     from nvhook.config import Config
 
 SWARM_KIND = "NVIDIA-GPU"
@@ -187,11 +187,11 @@ class Containerd(Engine):
             )
         if version > 2:
             return self._set_in_drop_in(wanted, main, start, plugin, version)
-        files = list(_load_order(main, wanted))
+        files = _load_order(main, wanted)
         target = [file for file in files if lookup(file.document.table, plugin) is not None or file is main][-1]
         own = lookup(target.document.table, (*plugin, "containerd"))
-        merged = lookup(_merged(files), (*plugin, "containerd"))
-        target.apply([*start, *_cri_settings(wanted, plugin, own, merged, target.document.table)])
+        together = lookup(merged(file.document for file in files), (*plugin, "containerd"))
+        target.apply([*start, *_cri_settings(wanted, plugin, own, together, target.document.table)])
         return [target]
 
     def _set_in_drop_in(self, wanted: Wanted, main: File, start: Settings, plugin: Path, version: int) -> list[File]:
@@ -205,9 +205,9 @@ class Containerd(Engine):
             imports = [*imports, drop_in.name.replace(".toml", "*.toml")]
             main.apply([*start, (("imports",), imports)])
         others = [file for file in _load_order(main, wanted) if file.path != drop_in.path]
-        merged = lookup(_merged(others), (*plugin, "containerd"))
+        together = lookup(merged(file.document for file in others), (*plugin, "containerd"))
         settings: Settings = [(("version",), version)]
-        settings += _cri_settings(wanted, plugin, None, merged, drop_in.document.table)
+        settings += _cri_settings(wanted, plugin, None, together, drop_in.document.table)
         drop_in.apply(settings, _header(self.name))
         _refuse_overridden(drop_in, _later(main, drop_in, others, imports), settings)
         return [drop_in, main]
@@ -421,24 +421,22 @@ def _leaves(path: Path, table: Table) -> Iterator[tuple[Path, object]]:
 
 
 def _matches(main: File, pattern: object, name: str) -> bool:
-    return fnmatch.fnmatchcase(name, os.path.join(os.path.dirname(main.name), os.path.normpath(str(pattern))))
+    return containerdfiles.matches(name, containerdfiles.absolute(main.name, pattern))
 
 
-def _load_order(main: File, wanted: Wanted) -> Iterator[File]:
+def _load_order(main: File, wanted: Wanted) -> list[File]:
     """The files that containerd reads, one after the other: what an import says counts over what imports it."""
-    waiting = [main]
-    seen = set()
-    while waiting:
-        file = waiting.pop(0)
-        if file.name in seen:
-            continue
-        seen.add(file.name)
-        yield file
-        imports = lookup(file.document.table, ("imports",))
-        for pattern in imports if isinstance(imports, list) else []:
-            where = os.path.join(os.path.dirname(file.name), os.path.normpath(str(pattern)))
-            names = sorted(glob.glob(where)) if "*" in where else [where] * os.path.isfile(where)
-            waiting += [File(name, Toml, wanted.notes) for name in names]
+    files = {main.name: main}
+
+    def read(name: str) -> Document:
+        files[name] = File(name, Toml, wanted.notes)
+        return files[name].document
+
+    root = Root(os.open("/", DIRECTORY))
+    try:
+        return [files[document.name] for document in containerdfiles.in_order(root, main.document, read)]
+    finally:
+        os.close(root.fd)
 
 
 def _later(main: File, drop_in: File, others: list[File], imports: list[object]) -> list[File]:
@@ -462,18 +460,3 @@ def _refuse_overridden(drop_in: File, later: list[File], settings: Settings) -> 
                     f"`{file.name}` is read after `{drop_in.name}` and sets `{dotted(path[-2:])}` otherwise",
                     "take that out of it",
                 )
-
-
-def _merged(files: list[File]) -> Table:
-    table: Table = {}
-    for file in files:
-        _merge(table, copy.deepcopy(file.document.table))
-    return table
-
-
-def _merge(table: Table, other: Table) -> None:
-    for key, value in other.items():
-        if isinstance(value, dict) and isinstance(table.get(key), dict):
-            _merge(table[key], value)
-        else:
-            table[key] = value

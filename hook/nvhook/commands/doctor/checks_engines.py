@@ -6,11 +6,11 @@ engines.py says which files those are and where in them a runtime is named; here
 
 from __future__ import annotations
 
-import fnmatch
 import os
 import shlex
 
-from nvhook.commands.configure.documents import Json, Toml, lookup
+from nvhook.commands import containerdfiles
+from nvhook.commands.configure.documents import Json, Toml, lookup, merged
 from nvhook.commands.configure.engines import ENGINES
 from nvhook.commands.doctor import dockerd
 from nvhook.commands.doctor.checks_system import PLACES
@@ -23,7 +23,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from nvhook.commands.configure.documents import Path, Table
+    from nvhook.commands.configure.documents import Document, Path, Table
     from nvhook.commands.configure.engines import Engine
     from nvhook.commands.doctor.examined import Host
     from nvhook.commands.doctor.findings import Finding
@@ -83,44 +83,24 @@ def installed(host: Host) -> list[Engine]:
 
 def read(host: Host, engine: Engine) -> Registered:
     """ConfigError, with the file, for one that cannot be read or does not parse."""
-    waiting = [name for pattern in _FILES[engine.name] for name in _matching(host, pattern)]
-    table: Table = {}
-    seen: set[str] = set()
-    while waiting and len(seen) < _MAX_FILES:
-        name = waiting.pop(0)
-        if name in seen:
-            continue
-        seen.add(name)
-        found = _parse(host, name)
-        imports = found.get("imports") if engine.name == "containerd" else None
-        for pattern in imports if isinstance(imports, list) else []:
-            waiting += _matching(host, os.path.normpath(os.path.join(os.path.dirname(name), str(pattern))))
-        _merge(table, found)
-    return Registered(engine, table)
+    names = [name for pattern in _FILES[engine.name] for name in containerdfiles.matching(host.files, pattern)]
+    documents = [_parse(host, name) for name in names[:_MAX_FILES]]
+    if engine.name == "containerd":
+        documents = [
+            document
+            for main in documents
+            for document in containerdfiles.in_order(host.files, main, lambda name: _parse(host, name))
+        ]
+    return Registered(engine, merged(documents))
 
 
-def _matching(host: Host, pattern: str) -> list[str]:
-    directory, last = os.path.split(pattern)
-    if "*" not in last:
-        return [pattern] if host.files.exists(pattern) else []
-    return [f"{directory}/{name}" for name in fnmatch.filter(host.names(directory), last)]
-
-
-def _parse(host: Host, name: str) -> Table:
+def _parse(host: Host, name: str) -> Document:
     try:
         text = host.read(name).decode()
     except (OSError, ValueError) as error:
         why = reason(error) if isinstance(error, OSError) else str(error)
         raise ConfigError(f"read `{name}`: {why}", "look at the file") from None
-    return (Json if name.endswith(".json") else Toml)(text, name).table if text.strip() else {}
-
-
-def _merge(table: Table, other: Table) -> None:
-    for key, value in other.items():
-        if isinstance(value, dict) and isinstance(table.get(key), dict):
-            _merge(table[key], value)
-        else:
-            table[key] = value
+    return (Json if name.endswith(".json") else Toml)(text if text.strip() else "", name)
 
 
 def check_engines(host: Host) -> Iterator[Finding]:
