@@ -82,7 +82,7 @@ def test_check_fails(expression: str, term: str) -> None:
     assert f"image needs `{expression}`" in caught.value.message
     assert f"`{term}`" in caught.value.message
     assert "this host has" in caught.value.message
-    assert "NVIDIA_DISABLE_REQUIRE=1" in caught.value.hint
+    assert "NVIDIA_DISABLE_REQUIRE=1" in caught.value.remedy
 
 
 MALFORMED = {
@@ -119,7 +119,7 @@ def test_check_malformed(expression: str, why: str) -> None:
         check([expression], HOST)
     assert caught.value.message.startswith(f"`{expression}` is no requirement: ")
     assert why in caught.value.message
-    assert "NVIDIA_DISABLE_REQUIRE=1" in caught.value.hint
+    assert "NVIDIA_DISABLE_REQUIRE=1" in caught.value.remedy
 
 
 UNKNOWN = {

@@ -26,24 +26,24 @@ from __future__ import annotations
 # Bytes that a line of ours takes as a string in JSON, the larger of its two forms. With level and time it is an entry
 # of less than 8 KiB.
 MAX_LINE = 8000
-_MAX_MESSAGE, _MAX_HINT = 6400, 900  # together less than MAX_LINE, so that the remedy is never what is cut
+_MAX_MESSAGE, _MAX_REMEDY = 6400, 900  # together less than MAX_LINE, so that the remedy is never what is cut
 _LONGEST_ESCAPE = len("\\U0010ffff")
 
 
 class NvhookError(Exception):
-    """`message` names the object and the reason; `hint` is what the user can do about it, or empty."""
+    """`message` names the object and the reason; `remedy` is what the user can do about it, or empty."""
 
     stage = "internal"
 
-    def __init__(self, message: str, hint: str = "") -> None:
+    def __init__(self, message: str, remedy: str = "") -> None:
         super().__init__(message)
         self.message = message
-        self.hint = hint
+        self.remedy = remedy
 
     def __str__(self) -> str:
         line = f"{self.stage} error: {one_line(self.message, _MAX_MESSAGE)}"
-        if self.hint:  # the useful part: what the message quotes cannot push it out
-            line += f"; {one_line(self.hint, _MAX_HINT)}"
+        if self.remedy:  # the useful part: what the message quotes cannot push it out
+            line += f"; {one_line(self.remedy, _MAX_REMEDY)}"
         return line
 
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 _MAX_VERSION = 64  # characters
 _MAJOR_BITS, _MINOR_BITS = 12, 20
 _IMEX_CHANNELS = 2048  # that the kernel module has unless its administrator says otherwise
-_LOAD_HINT = "load it with `modprobe nvidia`, or install the NVIDIA driver on this host"
+_LOAD_REMEDY = "load it with `modprobe nvidia`, or install the NVIDIA driver on this host"
 
 
 class Gpu:
@@ -107,7 +107,7 @@ def driver_version(proc_root: str) -> str:
     try:
         content = _read(path)
     except FileNotFoundError:
-        raise DeviceError(f"the nvidia kernel module is not loaded: no `{path}`", _LOAD_HINT) from None
+        raise DeviceError(f"the nvidia kernel module is not loaded: no `{path}`", _LOAD_REMEDY) from None
     except OSError as error:
         raise DeviceError(f"read `{path}`: {reason(error)}") from None
     for word in content.partition("\n")[0].split():

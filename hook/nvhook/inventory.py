@@ -161,7 +161,7 @@ def _answer(document: Json, gpus: Gpus) -> Report | DriverError:
 
 def _describe_answer(kept: Report | DriverError) -> Json:
     if isinstance(kept, DriverError):
-        return {"time": time.time(), "failure": kept.message, "hint": kept.hint}
+        return {"time": time.time(), "failure": kept.message, "hint": kept.remedy}
     return {"time": time.time(), "report": kept.describe()}
 
 

@@ -42,7 +42,7 @@ _NOBODY = 65534  # the kernel's overflow ids
 _SHOWN = 300  # characters of what it says that a message quotes
 _MOST = 256  # GPUs of a host, MIG devices of a GPU
 
-_HINT = "see whether `nvidia-smi` works on this host"
+_REMEDY = "see whether `nvidia-smi` works on this host"
 
 # NVML's brand -> the word that images have for it in `brand=`.
 _BRANDS = {
@@ -94,9 +94,9 @@ def question(config: Config, library: str, find: Callable[[Any], Json], believe:
         )
         return believe(json.loads(_said(ended)))
     except (ValueError, RecursionError) as error:
-        raise DriverError(f"ask `{library}`: NVML: no answer to be believed: {str(error)[:_SHOWN]}", _HINT) from None
+        raise DriverError(f"ask `{library}`: NVML: no answer to be believed: {str(error)[:_SHOWN]}", _REMEDY) from None
     except OSError as error:
-        raise DriverError(f"ask `{library}`: {error.strerror}", _HINT) from None
+        raise DriverError(f"ask `{library}`: {error.strerror}", _REMEDY) from None
     finally:
         os.close(directory)
 

@@ -135,7 +135,7 @@ def _find(device: str, gpus: list[Gpu]) -> Gpu:
             raise DeviceError(f"`{device}` is the beginning of several UUIDs: {_listed(found)}")
         return exact[0]
     if not found:
-        raise DeviceError(f"unknown device `{device}`", f"this host has {_listed(gpus)}" + _uuid_hint(device, gpus))
+        raise DeviceError(f"unknown device `{device}`", f"this host has {_listed(gpus)}" + _uuid_remedy(device, gpus))
     return found[0]
 
 
@@ -152,7 +152,7 @@ def _listed(gpus: list[Gpu]) -> str:
     return ", ".join(str(gpu) for gpu in gpus) or "no GPU"
 
 
-def _uuid_hint(device: str, gpus: list[Gpu]) -> str:
+def _uuid_remedy(device: str, gpus: list[Gpu]) -> str:
     if device.lower().startswith("gpu-") and any("?" in gpu.uuid for gpu in gpus):
         return "; a UUID with question marks is known once the GPU is initialised: run `nvidia-smi -L` on the host"
     return ""

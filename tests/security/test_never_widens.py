@@ -94,7 +94,7 @@ def test_annotation_is_refused(tmp_path: Path, key: str, value: str, message: st
     line = str(raised.value)
     assert message in line
     assert f"`{key}`=`{value}`" in line
-    assert raised.value.hint
+    assert raised.value.remedy
     assert line.isprintable()
 
 

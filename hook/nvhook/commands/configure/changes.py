@@ -189,7 +189,7 @@ def save(files: list[File]) -> None:
                 staged.pop(0)
                 _flush_directory(os.path.dirname(path))
     except OSError as error:
-        raise ConfigError(f"write `{path}`: {reason(error)}", _hint(error)) from None
+        raise ConfigError(f"write `{path}`: {reason(error)}", _remedy(error)) from None
     finally:
         for beside in staged:
             _remove(beside)
@@ -213,7 +213,7 @@ def write(path: str, text: str) -> None:
             raise
         _flush_directory(os.path.dirname(path))
     except OSError as error:
-        raise ConfigError(f"write `{path}`: {reason(error)}", _hint(error)) from None
+        raise ConfigError(f"write `{path}`: {reason(error)}", _remedy(error)) from None
 
 
 def _read(path: str, name: str) -> str | None:
@@ -229,7 +229,7 @@ def _read(path: str, name: str) -> str | None:
     except FileNotFoundError:
         return None
     except OSError as error:
-        raise ConfigError(f"read `{name}`: {reason(error)}", _hint(error)) from None
+        raise ConfigError(f"read `{name}`: {reason(error)}", _remedy(error)) from None
     try:
         return content.decode()
     except UnicodeDecodeError as error:
@@ -306,5 +306,5 @@ def _digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _hint(error: OSError) -> str:
+def _remedy(error: OSError) -> str:
     return _AS_ROOT if isinstance(error, PermissionError) and os.geteuid() else ""

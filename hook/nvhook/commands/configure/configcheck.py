@@ -135,7 +135,7 @@ def examine(table: dict[str, Any], path: str) -> tuple[list[tuple[str, str]], li
         error = config.refusal(key, value, path)
         if error:
             what = _bare(error.message.removeprefix(f"`{path}`: "), key)
-            refused[key] = f"{what}; {error.hint or 'correct it or take it out'}"
+            refused[key] = f"{what}; {error.remedy or 'correct it or take it out'}"
     values = {key: default for key, (default, _) in keys(schema).items() if config.is_honoured(key)}
     values.update((key, value) for key, value in items if key in values and key not in refused)
     warned: dict[str, str] = {}

@@ -62,7 +62,7 @@ def check_container(host: Host, chosen_runtime: str) -> Iterator[Finding]:
             _make_bundle(directory, program)
             done = _run(host, runtime, directory)
     except NvhookError as error:
-        yield skipped(name, error.message, error.hint)
+        yield skipped(name, error.message, error.remedy)
         return
     except OSError as error:
         yield skipped(name, f"cannot be made: {error.filename or ''}: {reason(error)}")

@@ -102,7 +102,7 @@ def check_libraries(host: Host) -> Iterator[Finding]:
         files = inventory.load(host.config, found.driver_version, notes, keep=False)
     except DriverError as error:
         yield failure(
-            "driver libraries", error.message, "reboot" if "the libraries below" in error.message else error.hint
+            "driver libraries", error.message, "reboot" if "the libraries below" in error.message else error.remedy
         )
         return
     what = f"{len(files.libraries)} libraries and {several(len(files.binaries), 'program')}"
@@ -121,7 +121,7 @@ def check_nvml(host: Host) -> Iterator[Finding]:
     try:
         report = inventory.report(host.config, found, None, [], again=True, keep=False)
     except DriverError as error:
-        yield failure("NVML", error.message, error.hint)
+        yield failure("NVML", error.message, error.remedy)
         return
     answering = {device.pci.lower() for device in report.devices}
     silent = [gpu for gpu in found.gpus if gpu.pci.lower() not in answering]

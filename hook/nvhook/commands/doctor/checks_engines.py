@@ -109,7 +109,7 @@ def check_engines(host: Host) -> Iterator[Finding]:
         try:
             yield from _check_registration(host, engine, read(host, engine))
         except ConfigError as error:
-            yield failure(engine.title, error.message, error.hint or "correct the file")
+            yield failure(engine.title, error.message, error.remedy or "correct the file")
     if not engines:
         names = ", ".join(engine.title for engine in ENGINES.values())
         yield ok("engines", f"none of {names} is installed")

@@ -130,7 +130,7 @@ def _made(name: str, check: Check, host: Host) -> list[Finding]:
     try:
         found.extend(check(host))
     except NvhookError as error:
-        found.append(findings.failure(name, error.message, error.hint))
+        found.append(findings.failure(name, error.message, error.remedy))
     except OSError as error:
         found.append(findings.skipped(name, f"{error.filename or 'the host'}: {reason(error)}"))
     for item in found:

@@ -98,11 +98,11 @@ def find(name: str, *, run: str = "/run") -> Found:
 
 
 def _unknown(name: str, run: str) -> ContainerError:
-    hint = "see `docker ps`, `podman ps` or `ctr -n NAMESPACE containers ls` for their names"
+    remedy = "see `docker ps`, `podman ps` or `ctr -n NAMESPACE containers ls` for their names"
     if os.geteuid() != 0:
-        hint = "run nvhook as root: what runtimes keep there is not for others to see"
+        remedy = "run nvhook as root: what runtimes keep there is not for others to see"
     what = f"no container `{name}`: neither Docker nor Podman knows it, nor runc or crun below `{run}`"
-    return ContainerError(what, hint)
+    return ContainerError(what, remedy)
 
 
 def _states(run: str) -> dict[str, str]:

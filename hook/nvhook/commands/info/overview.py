@@ -115,7 +115,7 @@ def without_driver(proc_root: str, error: NvhookError) -> str:
 
 def sentence(error: NvhookError) -> str:
     """Without its stage: nothing has failed here."""
-    return f"{error.message}; {error.hint}" if error.hint else error.message
+    return f"{error.message}; {error.remedy}" if error.remedy else error.message
 
 
 def _module(proc_root: str) -> str:
