@@ -15,7 +15,7 @@ from containers import TRIPLET, Bundle, make_image
 from nvhook import config as configuration
 from nvhook import container, fitness, inventory
 from nvhook.driver import Driver, Library
-from nvhook.errors import ContainerError
+from nvhook.errors import FAILURE, ContainerError
 from nvhook.linux import kernel
 from nvhook.linux.root import DIRECTORY, Root
 from nvhook.request import Request
@@ -84,7 +84,7 @@ def _examine(
         layout = container.layout(root)
         layout.compat = compat
         findings = fitness.examine(asked, Driver("9.1", driver or DRIVER, [], []), root, layout, thorough=thorough)
-        return [f"{'' if item.is_grave else 'note: '}{item.what}; {item.hint}" for item in findings]
+        return [f"{'' if item.status == FAILURE else 'note: '}{item.reason}; {item.remedy}" for item in findings]
     finally:
         os.close(root.fd)
 

@@ -15,7 +15,8 @@
 
 Every message reads `<stage> error: <what we did to which object>: <why>` and, where there is one, the remedy
 after a semicolon. They are raised where the fault is and printed in one place, by the program's main().
-Anything that is not an NvhookError is a fault of ours and keeps its traceback.
+Anything that is not an NvhookError is a fault of ours and keeps its traceback. What is worth saying and stops nothing
+is a Finding.
 
 An image writes part of many messages, so their size is its choice. A text becomes a line in `one_line` alone, which
 reads no more of it than the line can hold.
@@ -85,6 +86,28 @@ class LdcacheError(NvhookError):
 
 class RuntimeLookupError(NvhookError):
     stage = "runtime"
+
+
+OK, WARNING, FAILURE, SKIPPED = "ok", "warning", "failure", "skipped"
+
+
+class Finding:
+    """What an examination says, which stops nothing.
+
+    reason   what `object` is like; `object` is empty where the reason names it
+    remedy   what the user can do about it, or empty
+    status   FAILURE where something that is asked for does not work; SKIPPED for what could not be examined
+    check    the name of the check in `nvhook doctor`, the same in every version; empty elsewhere
+    """
+
+    __slots__ = ("check", "object", "reason", "remedy", "status")
+
+    def __init__(self, reason: str, remedy: str = "", *, object: str = "", status: str = FAILURE) -> None:  # noqa: A002
+        self.object = object
+        self.reason = reason
+        self.remedy = remedy
+        self.status = status
+        self.check = ""
 
 
 # The remedy where look-ups in a container's tree have taken too long (linux/root.py).

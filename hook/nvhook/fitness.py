@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 
 from . import audit
-from .errors import ContainerError, one_line
+from .errors import WARNING, ContainerError, Finding, one_line
 from .image import Image
 from .linux.root import OutOfTimeError
 
@@ -56,17 +56,6 @@ _OTHER_LOADERS = (
 _PRELOAD, _MAX_PRELOAD = "/etc/ld.so.preload", 4096
 
 
-class Finding:
-    """`what` is wrong, on which object, and the remedy. `is_grave`: something that is asked for will not work."""
-
-    __slots__ = ("hint", "is_grave", "what")
-
-    def __init__(self, what: str, hint: str, *, is_grave: bool = True) -> None:
-        self.what = what
-        self.hint = hint
-        self.is_grave = is_grave
-
-
 def check(
     config: Config,
     asked: Request,
@@ -83,8 +72,8 @@ def check(
         return
     for finding in findings:
         if config.strict:
-            raise ContainerError(finding.what, f"{finding.hint}, or set `nvhook.strict` to false in config.toml")
-        warnings.append(one_line(f"{finding.what}; {finding.hint}"))
+            raise ContainerError(finding.reason, f"{finding.remedy}, or set `nvhook.strict` to false in config.toml")
+        warnings.append(one_line(f"{finding.reason}; {finding.remedy}"))
         audit.warn(config, f"container at `{os.readlink(f'/proc/self/fd/{root.fd}')}`: {warnings[-1]}")
 
 
@@ -194,7 +183,7 @@ def _lacking(asked: Request, driver: Driver, image: Image) -> list[Finding]:
         Finding(
             f"{', '.join(failing)} cannot be loaded: the image has no {', '.join(names)}",
             "install what holds it in the image if its programs use them",
-            is_grave=False,
+            status=WARNING,
         )
         for failing, names in together.items()
     ]
@@ -247,7 +236,7 @@ def _preloaded(paths: dict[str, str], image: Image, *, thorough: bool) -> list[F
         return [Finding(what, f"take it out of `{_PRELOAD}`")]
     if thorough and named:
         what = f"`{_PRELOAD}` of the image has {', '.join(named)} loaded into every program before the driver's"
-        return [Finding(what, "take it out if the driver's functions fail in odd ways", is_grave=False)]
+        return [Finding(what, "take it out if the driver's functions fail in odd ways", status=WARNING)]
     return []
 
 

@@ -13,7 +13,7 @@ import stat
 
 from nvhook import gpus, mig
 from nvhook.commands.cdi import files as cdifiles
-from nvhook.errors import DeviceError, DriverError, reason
+from nvhook.errors import DeviceError, DriverError, Finding, reason
 from nvhook.start import reporter
 
 TYPE_CHECKING = False
@@ -30,21 +30,6 @@ if TYPE_CHECKING:
 _DRIVER_FILE = re.compile(r"/lib(?:cuda|nvidia-ml)\.so\.(\d+\.[\d.]+)$")
 _TYPES = {"b": stat.S_ISBLK, "c": stat.S_ISCHR, "u": stat.S_ISCHR, "p": stat.S_ISFIFO}
 _MAX_PER_FILE = 20
-
-
-class Finding:
-    """About `file`, which may be a directory: `what` is wrong, and its `remedy`."""
-
-    def __init__(self, file: str, what: str, remedy: str) -> None:
-        self.file = file
-        self.what = what
-        self.remedy = remedy
-
-    def describe(self) -> dict[str, str]:
-        return {"file": self.file, "fault": self.what, "remedy": self.remedy}
-
-    def __str__(self) -> str:
-        return f"{self.file}: {self.what}; {self.remedy}"
 
 
 class Host:
@@ -73,14 +58,15 @@ def _uuids(config: Config, found: Gpus, warnings: list[str]) -> set[str]:
 
 
 def examine(config: Config, directories: list[str], files: list[SpecFile], warnings: list[str]) -> list[Finding]:
+    """What is wrong. The `object` of each is a file, or a directory."""
     found = [finding for directory in directories for finding in _directory(directory)]
     host = Host(config, warnings)
     for file in files:
-        found += _bounded(file, [Finding(file.path, what, remedy) for what, remedy in _file(file, host)])
+        found += _bounded(file, [Finding(what, remedy, object=file.path) for what, remedy in _file(file, host)])
     if not files:
         where = " and no ".join(f"`{directory}/*.yaml`" for directory in directories)
         remedy = f"make one with `nvhook cdi generate --output {directories[-1]}/nvidia.yaml`"
-        found.append(Finding(directories[-1], f"no CDI specification: no {where}", remedy))
+        found.append(Finding(f"no CDI specification: no {where}", remedy, object=directories[-1]))
     return found + list(_shared_names(files))
 
 
@@ -88,7 +74,7 @@ def _bounded(file: SpecFile, findings: list[Finding]) -> list[Finding]:
     if len(findings) <= _MAX_PER_FILE:
         return findings
     more = len(findings) - _MAX_PER_FILE
-    return [*findings[:_MAX_PER_FILE], Finding(file.path, f"{more} more faults", _anew(file))]
+    return [*findings[:_MAX_PER_FILE], Finding(f"{more} more faults", _anew(file), object=file.path)]
 
 
 def _directory(directory: str) -> Iterator[Finding]:
@@ -98,9 +84,9 @@ def _directory(directory: str) -> Iterator[Finding]:
         return
     if _is_open_to_others(status):
         what = "others than root can write there, and say what is mounted into containers"
-        yield Finding(directory, what, f"run `chown root: {directory}` and `chmod 755 {directory}`")
+        yield Finding(what, f"run `chown root: {directory}` and `chmod 755 {directory}`", object=directory)
     for path in cdifiles.paths(directory, (".yml",)):
-        yield Finding(path, "engines read .yaml and .json alone", f"rename it to `{path[:-3]}yaml`")
+        yield Finding("engines read .yaml and .json alone", f"rename it to `{path[:-3]}yaml`", object=path)
 
 
 def _is_open_to_others(status: os.stat_result) -> bool:
@@ -212,6 +198,7 @@ def _shared_names(files: list[SpecFile]) -> Iterator[Finding]:
     for (path, other, state), names in shared.items():
         which = f"`{names[0]}`" + (f" and {len(names) - 1} more" if len(names) > 1 else "")
         if state == "overridden":
-            yield Finding(path, f"`{other}` overrides {which}", "remove the one that is not up to date")
+            yield Finding(f"`{other}` overrides {which}", "remove the one that is not up to date", object=path)
         elif path < other:  # each is the other's
-            yield Finding(path, f"`{other}` has {which} as well, and engines take neither", "remove one of the two")
+            what = f"`{other}` has {which} as well, and engines take neither"
+            yield Finding(what, "remove one of the two", object=path)

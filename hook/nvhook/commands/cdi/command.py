@@ -238,7 +238,8 @@ def check(options: argparse.Namespace, warnings: list[str]) -> int:
     config = load(options, warnings)
     found = cdicheck.examine(config, _directories(options), _find(options), warnings)
     if options.json:
-        print(json.dumps({"findings": [finding.describe() for finding in found]}, indent=2))
+        listed = [{"file": item.object, "fault": item.reason, "remedy": item.remedy} for item in found]
+        print(json.dumps({"findings": listed}, indent=2))
     else:
-        print("\n".join(one_line(str(finding)) for finding in found) or "ok")
+        print("\n".join(one_line(f"{item.object}: {item.reason}; {item.remedy}") for item in found) or "ok")
     return 1 if found else 0

@@ -18,7 +18,7 @@ from nvhook import inventory
 from nvhook.commands.configure.command import runtime_path
 from nvhook.commands.doctor.checks_driver import driver
 from nvhook.commands.doctor.findings import failure, ok, several, skipped
-from nvhook.errors import DriverError, NvhookError, reason
+from nvhook.errors import DriverError, Finding, NvhookError, reason
 from nvhook.linux import elf, ldcache, userns
 from nvhook.linux.root import DIRECTORY, Root
 
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from nvhook.commands.doctor.examined import Host
-    from nvhook.commands.doctor.findings import Finding
 
 _SMI = "nvidia-smi"
 _LIBRARIES = (

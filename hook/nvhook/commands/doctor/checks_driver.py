@@ -14,14 +14,13 @@ from nvhook import inventory, sockets
 from nvhook.commands import hardware
 from nvhook.commands.doctor.findings import failure, ok, several, skipped, warning
 from nvhook.commands.kernelfiles import kernel_text
-from nvhook.errors import DriverError
+from nvhook.errors import DriverError, Finding
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from nvhook.commands.doctor.examined import Host
-    from nvhook.commands.doctor.findings import Finding
     from nvhook.gpus import Gpus
 
 _SECURE_BOOT = "firmware/efi/efivars/SecureBoot-8be4df61-93ca-11d2-aa0d-00e098032b8c"

@@ -16,7 +16,7 @@ from nvhook.commands.doctor import dockerd
 from nvhook.commands.doctor.checks_system import PLACES
 from nvhook.commands.doctor.findings import failure, ok, skipped, warning
 from nvhook.commands.doctor.programs import NVIDIA, OURS, RUNTIME, whose
-from nvhook.errors import ConfigError, reason
+from nvhook.errors import ConfigError, Finding, reason
 from nvhook.spec import HOOK
 
 TYPE_CHECKING = False
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from nvhook.commands.configure.documents import Document, Path, Table
     from nvhook.commands.configure.engines import Engine
     from nvhook.commands.doctor.examined import Host
-    from nvhook.commands.doctor.findings import Finding
 
 _NAME = "*"  # stands for the name of a runtime in the paths of engines.py
 # The files of an engine, in the order in which it reads them; a later one counts.

@@ -15,7 +15,7 @@ from nvhook.commands.doctor.checks_driver import driver
 from nvhook.commands.doctor.checks_system import search_path
 from nvhook.commands.doctor.findings import failure, ok, several, warning
 from nvhook.commands.doctor.programs import MISSING, NVIDIA, OURS, RUNTIME, whose
-from nvhook.errors import reason
+from nvhook.errors import Finding, reason
 from nvhook.spec import HOOK, HOOK_NAMES
 
 TYPE_CHECKING = False
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from nvhook.commands.doctor.examined import Host
-    from nvhook.commands.doctor.findings import Finding
 
 _HOOKS = ("/usr/share/containers/oci/hooks.d", "/usr/local/share/containers/oci/hooks.d", "/etc/containers/oci/hooks.d")
 _CDI = ("/etc/cdi", "/var/run/cdi")

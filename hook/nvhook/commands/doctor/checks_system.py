@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from nvhook.commands.doctor.examined import Host
-    from nvhook.commands.doctor.findings import Finding
+    from nvhook.errors import Finding
 
 # Where the wrapper looks after PATH.
 PLACES = spec.USUAL_PATH.split(":")

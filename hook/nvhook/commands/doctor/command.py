@@ -23,7 +23,7 @@ from nvhook.commands.doctor import (
     snapshot,
 )
 from nvhook.commands.doctor.examined import Host
-from nvhook.errors import NvhookError, reason
+from nvhook.errors import FAILURE, Finding, NvhookError, reason
 from nvhook.version import VERSION
 
 TYPE_CHECKING = False
@@ -31,7 +31,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from nvhook.commands import Subparsers
-    from nvhook.commands.doctor.findings import Finding
     from nvhook.config import Config
 
     Check = Callable[[Host], Iterator[Finding]]
@@ -109,7 +108,7 @@ def _config(options: argparse.Namespace) -> Config:
 
 
 def _document(found: list[Finding]) -> dict[str, object]:
-    return {"status": findings.worst(found), "findings": [item.describe() for item in found]}
+    return {"status": findings.worst(found), "findings": [findings.describe(item) for item in found]}
 
 
 def examine(host: Host, *, container: bool, runtime: str = "") -> list[Finding]:
@@ -118,7 +117,7 @@ def examine(host: Host, *, container: bool, runtime: str = "") -> list[Finding]:
     if not checks_driver.has_gpu(host):
         none = findings.ok("GPUs", "this host has no GPU of NVIDIA's: none on the PCI bus, and no driver")
         none.check = "gpus"
-        return [none, *(item for item in found if item.status == findings.FAILURE and item.check != "module")]
+        return [none, *(item for item in found if item.status == FAILURE and item.check != "module")]
     if container:
         found += _made("container", lambda place: checks_container.check_container(place, runtime), host)
     return found

@@ -1,58 +1,47 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What `doctor` finds: one record for each thing that was looked at, and how it is shown."""
+"""What `doctor` finds, one record for each thing that was examined, and how it is shown."""
 
 from __future__ import annotations
 
 import os
 import sys
 
-from nvhook.errors import one_line
+from nvhook.errors import FAILURE, OK, SKIPPED, WARNING, Finding, one_line
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterable
-
-OK, WARNING, FAILURE, SKIPPED = "ok", "warning", "failure", "skipped"
 
 _COLOURS = {OK: "\033[32m", WARNING: "\033[33m", FAILURE: "\033[31m", SKIPPED: "\033[2m"}
 _EXIT = {OK: 0, FAILURE: 1, WARNING: 3}
 _LONGEST = 600  # characters; a message of an engine or of a container may have any number
 
 
-class Finding:
-    """`object` is what was looked at, `reason` what it is like, `remedy` the command or the words that put it right.
-
-    `check` is the name of the check, the same in every version.
-    """
-
-    __slots__ = ("check", "object", "reason", "remedy", "status")
-
-    def __init__(self, status: str, object: str, reason: str, remedy: str = "", check: str = "") -> None:  # noqa: A002
-        self.status = status
-        self.object = _bounded(object)
-        self.reason = _bounded(reason)
-        self.remedy = one_line(remedy)
-        self.check = check
-
-    def describe(self) -> dict[str, object]:
-        return {name: getattr(self, name) for name in ("check", "status", "object", "reason", "remedy")}
-
-
 def ok(object: str, reason: str) -> Finding:  # noqa: A002
-    return Finding(OK, object, reason)
+    return _finding(OK, object, reason, "")
 
 
 def warning(object: str, reason: str, remedy: str) -> Finding:  # noqa: A002
-    return Finding(WARNING, object, reason, remedy)
+    return _finding(WARNING, object, reason, remedy)
 
 
 def failure(object: str, reason: str, remedy: str) -> Finding:  # noqa: A002
-    return Finding(FAILURE, object, reason, remedy)
+    return _finding(FAILURE, object, reason, remedy)
 
 
 def skipped(object: str, reason: str, remedy: str = "") -> Finding:  # noqa: A002
     """What could not be looked at says nothing about the host."""
-    return Finding(SKIPPED, object, reason, remedy)
+    return _finding(SKIPPED, object, reason, remedy)
+
+
+def _finding(status: str, object: str, reason: str, remedy: str) -> Finding:  # noqa: A002
+    """The remedy is a command or words, and is never cut."""
+    return Finding(_bounded(reason), one_line(remedy), object=_bounded(object), status=status)
+
+
+def describe(finding: Finding) -> dict[str, str]:
+    """As `doctor --json` has it."""
+    return {name: getattr(finding, name) for name in ("check", "status", "object", "reason", "remedy")}
 
 
 def several(number: int, noun: str) -> str:

@@ -17,7 +17,7 @@ from nvhook import fitness
 from nvhook.commands import load, plan, survey
 from nvhook.commands.explain import dockerline, reasons
 from nvhook.commands.explain import subject as subjects
-from nvhook.errors import SLOW_TREE, ContainerError, NvhookError, SpecError, one_line
+from nvhook.errors import FAILURE, SLOW_TREE, WARNING, ContainerError, Finding, NvhookError, SpecError, one_line
 from nvhook.linux import elf
 from nvhook.linux.root import OutOfTimeError
 
@@ -132,26 +132,25 @@ def _document(
         told["additional"] = [item.describe() for item in subject.running.extras(made.edits, made.driver.version)]
     if subject.is_whole:
         told["findings"] = [
-            {"grave": item.is_grave, "what": item.what, "hint": item.hint} for item in _findings(subject, made, config)
+            {"grave": item.status == FAILURE, "what": item.reason, "hint": item.remedy}
+            for item in _findings(subject, made, config)
         ]
     return told
 
 
-def _findings(subject: Subject, made: Start, config: Config) -> list[fitness.Finding]:
+def _findings(subject: Subject, made: Start, config: Config) -> list[Finding]:
     found = fitness.examine(made.request, made.driver, made.root, made.layout, thorough=True)
     return found + _built_in(subject, made) + _cache_alone(config)
 
 
-def _cache_alone(config: Config) -> list[fitness.Finding]:
+def _cache_alone(config: Config) -> list[Finding]:
     if config.ldconfig:
         return []
     what = "no linker cache is made, as `nvidia-container-cli.ldconfig` in config.toml is empty"
-    return [
-        fitness.Finding(what, "programs find the libraries only where their linker looks by itself", is_grave=False)
-    ]
+    return [Finding(what, "programs find the libraries only where their linker looks by itself", status=WARNING)]
 
 
-def _built_in(subject: Subject, made: Start) -> list[fitness.Finding]:
+def _built_in(subject: Subject, made: Start) -> list[Finding]:
     """Directories in the container's own program (DT_RUNPATH) with a library that the driver has too."""
     path, header = _program(made.root, subject.arguments, subject.described.env.get("PATH", ""))
     if header is None:
@@ -163,7 +162,7 @@ def _built_in(subject: Subject, made: Start) -> list[fitness.Finding]:
         for name in sorted(names):
             if place.startswith("/") and place != made.layout.libraries and made.root.exists(f"{place}/{name}"):
                 what = f"`{path}` is built to look in `{place}` first, where the image has a {name}"
-                found.append(fitness.Finding(what, f"take `{place}/{name}` out of the image"))
+                found.append(Finding(what, f"take `{place}/{name}` out of the image"))
     return found
 
 
