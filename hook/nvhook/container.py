@@ -14,6 +14,7 @@ from .errors import SLOW_TREE, ContainerError, reason
 from .linux import identity, kernel, mountinfo, userns
 from .linux import proc as procfs
 from .linux.root import DIRECTORY, OutOfTimeError, Root
+from .record import Record
 
 # For all look-ups in the container's tree from `find` to the last edit, and for ldconfig, whose own limit is 10 s. With
 # what is done ahead of it (nvruntime/ahead.py) a start is not held up for more than 15 s by what is in an image.
@@ -43,22 +44,16 @@ if TYPE_CHECKING:
     from .linux.identity import Identity
 
 
-class Layout:
+class Layout(Record):
     """Where an image keeps things, as absolute paths in the container.
 
     compat   the directory of its CUDA compatibility libraries (compat.py), if they are used; else empty
     """
 
-    __slots__ = ("binaries", "compat", "libraries", "libraries32")
-
-    def __init__(self, libraries: str, libraries32: str, binaries: str = "/usr/bin", compat: str = "") -> None:
-        self.libraries = libraries
-        self.libraries32 = libraries32
-        self.binaries = binaries
-        self.compat = compat
-
-    def describe(self) -> tuple[str, str, str, str]:
-        return self.libraries, self.libraries32, self.binaries, self.compat
+    libraries: str
+    libraries32: str
+    binaries: str = "/usr/bin"
+    compat: str = ""
 
 
 class Container:

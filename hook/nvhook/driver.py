@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import os
 
+from .record import Record
+
 
 class Library:
     """`path` on the host, without links; `name` its last component; `soname` of the ELF file or empty; `bits` 64 or 32.
@@ -44,22 +46,19 @@ class Library:
         self.glibc = glibc
 
 
-class Binary:
+class Binary(Record):
     """`path` on the host, without links; `name` as it is called in the container.
 
     directories   what it names by absolute paths that no distribution has, as (on the host without links, as named)
     """
 
-    __slots__ = ("capability", "directories", "name", "path")
-
-    def __init__(self, path: str, name: str, capability: str, directories: tuple[tuple[str, str], ...] = ()) -> None:
-        self.path = path
-        self.name = name
-        self.capability = capability
-        self.directories = directories
+    path: str
+    name: str
+    capability: str
+    directories: tuple[tuple[str, str], ...] = ()
 
 
-class File:
+class File(Record):
     """`path` on the host, without links; `destination` in the container, whatever its family.
 
     bits       32 for what 32-bit programs alone read
@@ -67,25 +66,17 @@ class File:
                empty: the file as it is. inventory.py keeps it as a file, and `path` is then that one.
     """
 
-    __slots__ = ("bits", "capabilities", "content", "destination", "path")
-
-    def __init__(
-        self, path: str, destination: str, capabilities: tuple[str, ...], *, bits: int = 64, content: str = ""
-    ) -> None:
-        self.path = path
-        self.destination = destination
-        self.capabilities = capabilities
-        self.bits = bits
-        self.content = content
+    path: str
+    destination: str
+    capabilities: tuple[str, ...]
+    bits: int = 64
+    content: str = ""
 
 
-class Driver:
+class Driver(Record):
     """Libraries, programs and other files of one driver version, each list in a fixed order."""
 
-    __slots__ = ("binaries", "files", "libraries", "version")
-
-    def __init__(self, version: str, libraries: list[Library], binaries: list[Binary], files: list[File]) -> None:
-        self.version = version
-        self.libraries = libraries
-        self.binaries = binaries
-        self.files = files
+    version: str
+    libraries: list[Library]
+    binaries: list[Binary]
+    files: list[File]

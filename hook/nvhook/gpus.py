@@ -11,6 +11,7 @@ import os
 
 from . import device_list
 from .errors import DeviceError, reason
+from .record import Record
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -23,20 +24,17 @@ _IMEX_CHANNELS = 2048  # that the kernel module has unless its administrator say
 _LOAD_REMEDY = "load it with `modprobe nvidia`, or install the NVIDIA driver on this host"
 
 
-class Gpu:
+class Gpu(Record):
     """`index` in NVML's order, `minor` of /dev/nvidia<minor>, `pci` as below /proc/driver/nvidia/gpus.
 
     `uuid` contains question marks until something has initialised the GPU (no persistence mode, nothing running).
     """
 
-    __slots__ = ("index", "minor", "model", "pci", "uuid")
-
-    def __init__(self, index: int, minor: int, uuid: str, pci: str, model: str) -> None:
-        self.index = index
-        self.minor = minor
-        self.uuid = uuid
-        self.pci = pci
-        self.model = model
+    index: int
+    minor: int
+    uuid: str
+    pci: str
+    model: str
 
     def describe(self) -> dict[str, object]:
         return {"index": self.index, "minor": self.minor, "uuid": self.uuid, "pci": self.pci}

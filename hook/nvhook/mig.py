@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from .device_list import small_number
 from .errors import DeviceError
+from .record import Record
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -22,17 +23,14 @@ if TYPE_CHECKING:
     Reporter = Callable[[bool], Report]
 
 
-class MigDevice:
+class MigDevice(Record):
     """GPU instance `gi` and compute instance `ci` of `gpu`; `index` and `uuid` where NVML has been asked."""
 
-    __slots__ = ("ci", "gi", "gpu", "index", "uuid")
-
-    def __init__(self, gpu: Gpu, gi: int, ci: int, index: int = -1, uuid: str = "") -> None:
-        self.gpu = gpu
-        self.gi = gi
-        self.ci = ci
-        self.index = index
-        self.uuid = uuid
+    gpu: Gpu
+    gi: int
+    ci: int
+    index: int = -1
+    uuid: str = ""
 
     def describe(self) -> dict[str, object]:
         return {"gpu": self.gpu.index, "gi": self.gi, "ci": self.ci}

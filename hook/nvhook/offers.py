@@ -6,6 +6,8 @@ Nodes, sockets and the contents of /proc come and go, so they are read at every 
 
 from __future__ import annotations
 
+from .record import Record
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from .dri import DriNode
@@ -14,27 +16,21 @@ if TYPE_CHECKING:
     from .sockets import Socket
 
 
-class HostNode:
+class HostNode(Record):
     """A character device, by the same `path` on the host and in the container; `owner` is (uid, gid, mode)."""
 
-    __slots__ = ("major", "minor", "owner", "path")
-
-    def __init__(self, path: str, major: int, minor: int, owner: tuple[int, int, int]) -> None:
-        self.path = path
-        self.major = major
-        self.minor = minor
-        self.owner = owner
+    path: str
+    major: int
+    minor: int
+    owner: tuple[int, int, int]
 
 
-class HostFile:
+class HostFile(Record):
     """To be read: a file or directory (`what`), `path` on the host, without links, and `destination`."""
 
-    __slots__ = ("destination", "path", "what")
-
-    def __init__(self, path: str, destination: str, what: str = "file") -> None:
-        self.path = path
-        self.destination = destination
-        self.what = what
+    path: str
+    destination: str
+    what: str = "file"
 
 
 class Offers:

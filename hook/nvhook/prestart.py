@@ -125,7 +125,7 @@ def change(start: Start, container: Container, closed: list[Device]) -> None:
 
 def _is_as_prepared(start: Start, root: Root) -> bool:
     """Whether the plan would be the same for this root filesystem, and can still be carried out."""
-    if not start.edits or start.layout_of(root, []).describe() != start.layout.describe():
+    if not start.edits or start.layout_of(root, []) != start.layout:
         return False
     try:
         for edit in start.edits:

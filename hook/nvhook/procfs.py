@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 
 from .errors import DeviceError, reason
+from .record import Record
 
 DIRECTORY = "/proc/driver/nvidia"
 _FILES = ("params", "registry", "version")
@@ -17,14 +18,11 @@ _MAKES_NODES = "ModifyDeviceFiles:"
 _MAX_SIZE = 1 << 20
 
 
-class DriverProc:
+class DriverProc(Record):
     """`path` of the directory on the host; `files`: name -> content for a container, of those that there are."""
 
-    __slots__ = ("files", "path")
-
-    def __init__(self, path: str, files: dict[str, str]) -> None:
-        self.path = path
-        self.files = files
+    path: str
+    files: dict[str, str]
 
 
 def read(proc_root: str) -> DriverProc:

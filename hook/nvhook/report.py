@@ -3,38 +3,32 @@
 
 from __future__ import annotations
 
+from .record import Record
 
-class InstanceReport:
+
+class InstanceReport(Record):
     """A MIG device: `index` among those of its GPU, the ids of its GPU instance and compute instance, its UUID."""
 
-    __slots__ = ("ci", "gi", "index", "uuid")
-
-    def __init__(self, index: int, gi: int, ci: int, uuid: str) -> None:
-        self.index = index
-        self.gi = gi
-        self.ci = ci
-        self.uuid = uuid
+    index: int
+    gi: int
+    ci: int
+    uuid: str
 
     def describe(self) -> dict[str, object]:
         return {"index": self.index, "gi": self.gi, "ci": self.ci, "uuid": self.uuid}
 
 
-class GpuReport:
+class GpuReport(Record):
     """One GPU. `pci` as below /proc/driver/nvidia/gpus (0000:07:00.0); `brand` a word in lower case (tesla, geforce);
     `arch` the compute capability (9.0); either is empty where NVML does not tell; `mig_enabled` is MIG mode now and
     after the next reset."""
 
-    __slots__ = ("arch", "brand", "instances", "mig_enabled", "pci", "uuid")
-
-    def __init__(
-        self, pci: str, uuid: str, brand: str, arch: str, *, mig_enabled: bool, instances: tuple[InstanceReport, ...]
-    ) -> None:
-        self.pci = pci
-        self.uuid = uuid
-        self.brand = brand
-        self.arch = arch
-        self.mig_enabled = mig_enabled
-        self.instances = instances
+    pci: str
+    uuid: str
+    brand: str
+    arch: str
+    mig_enabled: bool
+    instances: tuple[InstanceReport, ...]
 
     def describe(self) -> dict[str, object]:
         return {
@@ -47,15 +41,12 @@ class GpuReport:
         }
 
 
-class Report:
+class Report(Record):
     """`cuda`: the newest CUDA version of the driver (12.4); `devices` in NVML's order, without those that NVML cannot
     talk to (a GPU that has fallen off the bus)."""
 
-    __slots__ = ("cuda", "devices")
-
-    def __init__(self, cuda: str, devices: tuple[GpuReport, ...]) -> None:
-        self.cuda = cuda
-        self.devices = devices
+    cuda: str
+    devices: tuple[GpuReport, ...]
 
     def describe(self) -> dict[str, object]:
         return {"cuda": self.cuda, "devices": [item.describe() for item in self.devices]}

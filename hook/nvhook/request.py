@@ -22,6 +22,7 @@ import posixpath
 from . import device_list
 from .config import CAPABILITIES, Config
 from .errors import RequestError
+from .record import Record
 from .spec import Spec
 
 TYPE_CHECKING = False
@@ -39,7 +40,7 @@ FEATURES = ("gds", "mofed", "gdrcopy", "nvswitch")
 _TRUE = ("1", "t", "T", "TRUE", "true", "True")  # Go's strconv.ParseBool, which images were written for
 
 
-class Request:
+class Request(Record):
     """`devices`: ids as written, once each, or ("all",) or ("none",). `capabilities`: sorted names. `requirements`:
     NVIDIA_REQUIRE_* expressions, sorted. `origin`: where the device list came from, for messages.
 
@@ -49,37 +50,14 @@ class Request:
     library_path    LD_LIBRARY_PATH: where its programs look for what they get
     """
 
-    __slots__ = (
-        "capabilities",
-        "devices",
-        "features",
-        "imex_channels",
-        "library_path",
-        "mig_rights",
-        "origin",
-        "requirements",
-    )
-
-    def __init__(
-        self,
-        devices: tuple[str, ...],
-        capabilities: tuple[str, ...],
-        requirements: tuple[str, ...],
-        origin: str,
-        *,
-        imex_channels: tuple[int, ...] = (),
-        features: tuple[str, ...] = (),
-        mig_rights: tuple[str, ...] = (),
-        library_path: str = "",
-    ) -> None:
-        self.devices = devices
-        self.capabilities = capabilities
-        self.requirements = requirements
-        self.origin = origin
-        self.imex_channels = imex_channels
-        self.features = features
-        self.mig_rights = mig_rights
-        self.library_path = library_path
+    devices: tuple[str, ...]
+    capabilities: tuple[str, ...]
+    requirements: tuple[str, ...]
+    origin: str
+    imex_channels: tuple[int, ...] = ()
+    features: tuple[str, ...] = ()
+    mig_rights: tuple[str, ...] = ()
+    library_path: str = ""
 
     def describe(self) -> dict[str, object]:
         """Devices, capabilities and requirements; of the rest what is asked for."""

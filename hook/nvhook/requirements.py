@@ -19,6 +19,7 @@ An image's expressions have to hold for each GPU that its container gets: select
 from __future__ import annotations
 
 from .errors import RequirementError
+from .record import Record
 
 _NAMES = ("cuda", "driver", "arch", "brand")
 _OPERATORS = ("!=", "<=", ">=", "=", "<", ">", "!")  # the longer ones first
@@ -57,29 +58,18 @@ _MINIMUM_DRIVERS = (
 )
 
 
-class Facts:
+class Facts(Record):
     """What one GPU and its driver have, each None where it is not known.
 
     `cuda`: the newest CUDA version of the driver (12.2); `driver`: its version (535.54.03); `arch`: the compute
     capability (9.0); `brand`: NVML's brand as a word (tesla, geforce, …). `gpu` is how messages call it.
     """
 
-    __slots__ = ("arch", "brand", "cuda", "driver", "gpu")
-
-    def __init__(
-        self,
-        *,
-        cuda: str | None = None,
-        driver: str | None = None,
-        arch: str | None = None,
-        brand: str | None = None,
-        gpu: str = "",
-    ) -> None:
-        self.cuda = cuda
-        self.driver = driver
-        self.arch = arch
-        self.brand = brand
-        self.gpu = gpu
+    cuda: str | None = None
+    driver: str | None = None
+    arch: str | None = None
+    brand: str | None = None
+    gpu: str = ""
 
 
 def facts_of(driver: str) -> Facts:
@@ -96,16 +86,13 @@ def facts_of(driver: str) -> Facts:
     return Facts(driver=driver, cuda=known[-1] if known else None)
 
 
-class _Term:
+class _Term(Record):
     """One condition; `text` is how the image has it."""
 
-    __slots__ = ("name", "operator", "text", "value")
-
-    def __init__(self, name: str, operator: str, value: str, text: str) -> None:
-        self.name = name
-        self.operator = operator
-        self.value = value
-        self.text = text
+    name: str
+    operator: str
+    value: str
+    text: str
 
 
 def check(expressions: list[str] | tuple[str, ...], facts: Facts) -> None:

@@ -12,6 +12,7 @@ from . import mig, requirements
 from .device_list import is_mig
 from .errors import DeviceError, DriverError
 from .gpus import Gpu, pci_address
+from .record import Record
 from .requirements import Facts
 
 TYPE_CHECKING = False
@@ -22,14 +23,11 @@ if TYPE_CHECKING:
     from .request import Request
 
 
-class Selection:
+class Selection(Record):
     """What a container has asked for: `gpus` in NVML's order, and `migs`, whose GPUs are among them."""
 
-    __slots__ = ("gpus", "migs")
-
-    def __init__(self, gpus: list[Gpu], migs: list[MigDevice]) -> None:
-        self.gpus = gpus
-        self.migs = migs
+    gpus: list[Gpu]
+    migs: list[MigDevice]
 
     def brands(self) -> set[str]:
         """The first word of each product's name in lower case: geforce of NVIDIA GeForce RTX 4090."""

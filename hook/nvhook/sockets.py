@@ -12,6 +12,7 @@ import os
 import stat
 
 from .linux.root import DIRECTORY, Root
+from .record import Record
 
 _MPS = "/tmp/nvidia-mps"  # noqa: S108 - where the daemon puts it; whose it is, is looked at
 
@@ -22,16 +23,13 @@ _DAEMONS = (
 )
 
 
-class Socket:
+class Socket(Record):
     """`path` on the host, without links; `what` is `socket`, or `directory` for one full of them."""
 
-    __slots__ = ("capabilities", "destination", "path", "what")
-
-    def __init__(self, path: str, destination: str, what: str, capabilities: tuple[str, ...]) -> None:
-        self.path = path
-        self.destination = destination
-        self.what = what
-        self.capabilities = capabilities
+    path: str
+    destination: str
+    what: str
+    capabilities: tuple[str, ...]
 
 
 def find(driver_root: str) -> list[Socket]:

@@ -11,6 +11,7 @@ import os
 
 from . import quickjson
 from .errors import SpecError, reason
+from .record import Record
 
 _MAX_STATE = 1 << 20
 _MAX_CONFIG = 8 << 20  # an image's environment is in it, and takes tenfold as a record
@@ -35,15 +36,12 @@ if TYPE_CHECKING:
     Json = dict[str, Any]
 
 
-class State:
+class State(Record):
     """`pid` of the container's first process, in our pid namespace, and the absolute path of its bundle."""
 
-    __slots__ = ("bundle", "id", "pid")
-
-    def __init__(self, pid: int, bundle: str, id: str) -> None:  # noqa: A002 - OCI's name
-        self.pid = pid
-        self.bundle = bundle
-        self.id = id
+    pid: int
+    bundle: str
+    id: str
 
 
 class Spec:

@@ -19,6 +19,7 @@ from nvhook.edits import Mount, Symlink
 from nvhook.errors import DriverError, RequestError, reason
 from nvhook.linkercache import Ldcache
 from nvhook.linux.root import DIRECTORY, Root
+from nvhook.record import Record
 from nvhook.request import Request
 from nvhook.selection import Selection
 from nvhook.spec import HOOK, HOOK_ENV, Spec
@@ -55,31 +56,19 @@ STRATEGIES = tuple(_GPU_NAMES)
 _ENV = ["NVIDIA_VISIBLE_DEVICES=void"]
 
 
-class Wanted:
+class Wanted(Record):
     """kind         vendor and class, as in nvidia.com/gpu
     strategies   those of STRATEGIES
     version      of VERSIONS, or empty for the lowest that is enough
     hook         absolute path of our hook's launcher; hook_config: the config.toml it is to read, or empty
     """
 
-    __slots__ = ("capabilities", "hook", "hook_config", "kind", "strategies", "version")
-
-    def __init__(
-        self,
-        *,
-        kind: str,
-        capabilities: tuple[str, ...],
-        strategies: tuple[str, ...],
-        version: str,
-        hook: str,
-        hook_config: str,
-    ) -> None:
-        self.kind = kind
-        self.capabilities = capabilities
-        self.strategies = strategies
-        self.version = version
-        self.hook = hook
-        self.hook_config = hook_config
+    kind: str
+    capabilities: tuple[str, ...]
+    strategies: tuple[str, ...]
+    version: str
+    hook: str
+    hook_config: str
 
 
 def make(config: Config, wanted: Wanted, warnings: list[str]) -> Json:

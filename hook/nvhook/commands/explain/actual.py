@@ -17,6 +17,7 @@ from nvhook.errors import ContainerError, reason
 from nvhook.linkercache import Ldcache
 from nvhook.linux import cgroups, devprog, ldcache, mountinfo
 from nvhook.linux.root import DIRECTORY, Root
+from nvhook.record import Record
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -31,25 +32,19 @@ _STARTS = ("libcuda", "libnv", "libvdpau_nvidia", "nvidia", "nv-fabricmanager")
 _DELETED = "//deleted"
 
 
-class State:
+class State(Record):
     """`word` is present, missing, stale, differs, `left out` or unknown; `detail` what there is to say, or empty."""
 
-    __slots__ = ("detail", "word")
-
-    def __init__(self, word: str, detail: str = "") -> None:
-        self.word = word
-        self.detail = detail
+    word: str
+    detail: str = ""
 
 
-class Extra:
+class Extra(Record):
     """What is there and not in the plan."""
 
-    __slots__ = ("detail", "kind", "path")
-
-    def __init__(self, kind: str, path: str, detail: str) -> None:
-        self.kind = kind
-        self.path = path
-        self.detail = detail
+    kind: str
+    path: str
+    detail: str
 
     def describe(self) -> dict[str, object]:
         return {"kind": self.kind, "path": self.path, "detail": self.detail}

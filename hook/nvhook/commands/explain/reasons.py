@@ -10,6 +10,7 @@ import posixpath
 from nvhook import device_list, discovery, request
 from nvhook.edits import Device, Edit, File, Mount, Symlink, Tmpfs
 from nvhook.linkercache import Ldcache
+from nvhook.record import Record
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -28,16 +29,13 @@ _PROC = "/proc/driver/nvidia"
 _INJECTED = "the engine has injected the container's devices by CDI"
 
 
-class Source:
+class Source(Record):
     """One thing that is asked for: `name` and `value` as written, `origin`, and the `rule` that let it count or not."""
 
-    __slots__ = ("name", "origin", "rule", "value")
-
-    def __init__(self, name: str, value: str, origin: str, rule: str) -> None:
-        self.name = name
-        self.value = value
-        self.origin = origin
-        self.rule = rule
+    name: str
+    value: str
+    origin: str
+    rule: str
 
     def describe(self) -> dict[str, object]:
         return {"name": self.name, "value": self.value, "from": self.origin, "rule": self.rule}
