@@ -3,9 +3,10 @@
 
     python3 tests/bench.py [--runs N] [--rows a,b] [--real] [--peer DIR] [--low NAME] [--json FILE]
 
-Every row is measured in one go, its sides in turn; what is printed is the ratio of their medians, beside its target. A
-start is `create`, `start` and `delete` of a container that only exits, on a root filesystem of its own (an overlay, as
-engines make it). nvhook is installed as users install it; the host is a simulated one, or with --real this machine.
+Every row is measured in one go, its sides in turn; what is printed is the ratio of their medians, or with --real their
+difference, beside its target. A start is `create`, `start` and `delete` of a container that only exits, on a root
+filesystem of its own (an overlay, as engines make it). nvhook is installed as users install it; the host is a simulated
+one, or with --real this machine.
 
 --peer DIR adds another runtime's nvidia-container-runtime, with what it needs of this machine, to the row `gpu`.
 """
@@ -32,7 +33,17 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from containers import COMPILE, REPOSITORY, TRIPLET, Bundle, any_cgroups, configure, make_image, server_of
+from containers import (
+    COMPILE,
+    REPOSITORY,
+    TRIPLET,
+    Bundle,
+    any_cgroups,
+    configure,
+    make_image,
+    server_of,
+    way_of_crun,
+)
 from simhost import elfwriter
 from simhost.build import build
 
@@ -49,6 +60,20 @@ def be_where_run_is_memory() -> None:
         os.execvp("unshare", ["unshare", "--mount", "sh", "-euc", script, "sh", sys.executable, *sys.argv])
 
 
+def be_where_it_starts(low_level: str) -> tuple[str, ...]:
+    """Begin again in a mount namespace with the control groups that `low_level` can use; the options that it takes.
+
+    One for each command would not do: the server answers nobody who lives in another one. It also ends where it cannot
+    leave its caller's control groups, and from there those of version 1 cannot be seen. So we leave them before.
+    """
+    through, options = way_of_crun() if Path(low_level).name == "crun" else (any_cgroups(), ())
+    if through:
+        for processes in Path("/sys/fs/cgroup").glob("*/cgroup.procs"):
+            processes.write_text(f"{os.getpid()}\n")
+        os.execvp(through[0], [*through, sys.executable, *sys.argv])
+    return options
+
+
 class Side:
     """One way to start a container: the runtime's path, its config.toml, the container's environment, the image."""
 
@@ -61,32 +86,50 @@ class Side:
 
 class Bench:
     """`place` is a directory that is thrown away afterwards. Root filesystems are overlays in a tmpfs there, and so are
-    our state directories: the usual one is below /run."""
+    our state directories: the usual one is below /run. `options` are the low-level runtime's. With `is_real` the
+    targets are differences: what we add takes the same time whether the low-level runtime takes 15 ms or 50."""
 
-    def __init__(self, place: Path, runs: int, low_level: str = "runc") -> None:
+    def __init__(
+        self, place: Path, runs: int, low_level: str = "runc", options: tuple[str, ...] = (), *, is_real: bool = False
+    ) -> None:
         self.place = place
         self.runs = runs
+        self.options = options
+        self.is_real = is_real
         self.prefix = place / "prefix"
         self.wrapper = str(self.prefix / "bin/nvidia-container-runtime")
         self.low_level = shutil.which(low_level) or low_level
-        self.through = any_cgroups()
         (place / "upper").mkdir()
         subprocess.run(["mount", "-t", "tmpfs", "tmpfs", place / "upper"], check=True)
         command = [str(path) for path in (REPOSITORY / "scripts/install", "install", self.prefix, self.prefix / "etc")]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
         self.image = make_image("debian", place / "image")
 
-    def end_server(self) -> int:
-        """End the server; its peak memory in KiB, or 0 if there was none."""
-        server = server_of(self.prefix)
+    def server(self) -> int:
+        """Its process number; 0 if there is none."""
         try:
-            pid = (server / "pid").read_text().strip()
-            status = Path(f"/proc/{pid}/status").read_text()
-        except OSError:
+            pid = int((server_of(self.prefix) / "pid").read_text())
+        except (OSError, ValueError):
             return 0
-        os.kill(int(pid), signal.SIGKILL)
-        shutil.rmtree(server)
-        return int(status.partition("VmHWM:")[2].split()[0])
+        return pid if Path(f"/proc/{pid}").exists() else 0
+
+    def server_at_rest(self) -> list[int]:
+        """The server and the one child that waits for a caller, once all others are over; empty if there is none."""
+        server, end = self.server(), time.monotonic() + 10
+        looks = 0  # a child that is about to end looks like one that waits, for a moment
+        while server and looks < 2:
+            family = [server, *_children(server)]
+            looks = looks + 1 if len(family) == 2 and all(_sleeps(pid) for pid in family) else 0
+            if time.monotonic() > end:
+                raise SystemExit("the server's children do not end")
+            time.sleep(0.002)
+        return family if server else []
+
+    def end_server(self) -> None:
+        server = self.server()
+        if server:
+            os.kill(server, signal.SIGKILL)
+            shutil.rmtree(server_of(self.prefix))
 
     def alone(self) -> Side:
         """Ours with launchers that know of no server; its configuration is to be set."""
@@ -123,7 +166,6 @@ class Bench:
         layers = f"lowerdir={side.image},upperdir={upper}/upper,workdir={upper}/work"
         subprocess.run(["mount", "-t", "overlay", "-o", layers, "overlay", upper / "root"], check=True)
         bundle = Bundle(upper / "bundle", upper / "root")
-        bundle.through = self.through
         bundle.write(["/bin/true"], side.env)
         try:
             yield bundle
@@ -140,14 +182,18 @@ class Bench:
             return time.perf_counter() - begin
 
     def whole(self, side: Side, bundle: Bundle) -> None:
-        """Until the container is deleted; it has ended by then: of one that runs, runc 1.3 waits 100 ms for the end."""
+        """Until the container is deleted."""
+        self.run_to_the_end(side, bundle)
+        self.call(side, bundle, "delete", "--force", bundle.id)
+
+    def run_to_the_end(self, side: Side, bundle: Bundle) -> None:
+        """Of a container that runs still, runc's `delete --force` waits 100 ms for the end."""
         number = bundle.directory / "pid"
         self.call(side, bundle, "create", "--pid-file", str(number), "--bundle", str(bundle.directory), bundle.id)
         process = os.pidfd_open(int(number.read_text()))
         self.call(side, bundle, "start", bundle.id)
         select.select([process], [], [], 10)
         os.close(process)
-        self.call(side, bundle, "delete", "--force", bundle.id)
 
     def call(self, side: Side, bundle: Bundle, *words: str, before: tuple[str, ...] = ()) -> None:
         env = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin"}
@@ -155,7 +201,7 @@ class Bench:
         if side.config:
             env["NVHOOK_CONFIG"] = str(side.config)
         with (bundle.directory / "said").open("wb") as said:
-            command = [*bundle.through, *before, side.runtime, *words]
+            command = [*before, side.runtime, *self.options, *words]
             done = subprocess.run(command, env=env, stdin=subprocess.DEVNULL, stdout=said, stderr=said, check=False)
         if done.returncode:
             raise SystemExit(f"{' '.join(command)}: {(bundle.directory / 'said').read_text()}")
@@ -169,6 +215,22 @@ class Bench:
                 if count:
                     times.append(spent)
         return [statistics.median(times) for times in found]
+
+
+def _children(pid: int) -> list[int]:
+    return [int(number) for number in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def _sleeps(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "S"
+    except OSError:
+        return False
+
+
+def _peak(pid: int) -> float:
+    """MB of memory that it has had at most."""
+    return int(Path(f"/proc/{pid}/status").read_text().partition("VmHWM:")[2].split()[0]) / 1024
 
 
 class Result:
@@ -199,29 +261,39 @@ class Result:
         return f"{self.what:<58} {number:>10}  {f'<= {self.target:g}{self.unit}':>10}  {verdict:<6}  {self.detail}"
 
 
-def _ratio(bench: Bench, row: str, what: str, sides: list[Side], target: float) -> Result:
-    base, *others = bench.in_turn(*[lambda side=side: bench.start(side) for side in sides])
-    detail = ", ".join(f"{value * 1000:.1f} ms" for value in (base, *others))
-    return Result(row, what, others[0] / base, "", target, detail)
+def _result(
+    bench: Bench, row: str, what: str, base: float, value: float, target: float, added: float | None = None
+) -> Result:
+    """Of two times in seconds: the ratio, or where `added` is given, on a real host, the ms between them."""
+    more, ratio = (value - base) * 1000, value / base
+    detail = f"{base * 1000:.1f} ms, {value * 1000:.1f} ms: {more:+.1f} ms, ratio {ratio:.2f}"
+    if bench.is_real and added is not None:
+        return Result(row, what, more, " ms", added, detail)
+    return Result(row, what, ratio, "", target, detail)
+
+
+def _ratio(bench: Bench, row: str, what: str, sides: list[Side], target: float, added: float | None = None) -> Result:
+    base, value = bench.in_turn(*[lambda side=side: bench.start(side) for side in sides])
+    return _result(bench, row, what, base, value, target, added)
 
 
 def no_request(bench: Bench, config: Path, _peer: str) -> list[Result]:
     what = "a container that asks for no GPU, through our runtime"
-    return [_ratio(bench, "no-request", what, [bench.plain(), bench.ours(config, {})], 1.10)]
+    return [_ratio(bench, "no-request", what, [bench.plain(), bench.ours(config, {})], 1.05, 1)]
 
 
 def gpu(bench: Bench, config: Path, peer: str) -> list[Result]:
     sides = [bench.plain(), bench.ours(config, GPUS)]
-    results = [_ratio(bench, "gpu", "a GPU container (compute, utility), warm cache", sides, 1.45)]
+    results = [_ratio(bench, "gpu", "a GPU container (compute, utility), warm cache", sides, 1.35, 8)]
     if peer:
         theirs = Side(f"{peer}/nvidia-container-runtime", None, GPUS, bench.image)
-        results.append(_ratio(bench, "peer", "the same through the other runtime", [bench.plain(), theirs], 1.45))
+        results.append(_ratio(bench, "peer", "the same through the other runtime", [bench.plain(), theirs], 1.35, 8))
     return results
 
 
 def capabilities(bench: Bench, config: Path, _peer: str) -> list[Result]:
     sides = [bench.plain(), bench.ours(config, {**GPUS, **ALL_CAPABILITIES})]
-    return [_ratio(bench, "capabilities", "the same with all capabilities", sides, 1.6)]
+    return [_ratio(bench, "capabilities", "the same with all capabilities", sides, 1.45, 10)]
 
 
 def eight(bench: Bench, _config: Path, _peer: str) -> list[Result]:
@@ -247,7 +319,7 @@ def _image_with_libraries(bench: Bench, count: int) -> Path:
 
 
 def commands(bench: Bench, config: Path, _peer: str) -> list[Result]:
-    """Each on a container of its own that runs; `start`, `kill` and `delete` are over with the first call."""
+    """Each on a container of its own that runs, or for `delete` has ended."""
     results = []
     for command, words in {
         "start": ("start", "{}"),
@@ -260,20 +332,22 @@ def commands(bench: Bench, config: Path, _peer: str) -> list[Result]:
         ways = [lambda side=side, words=words: _one_command(bench, side, words) for side in sides]
         alone, through = bench.in_turn(*ways)
         detail = f"{alone * 1000:.1f} ms, {through * 1000:.1f} ms"
-        results.append(
-            Result(command, f"`{command}` over the low-level runtime", (through - alone) * 1000, " ms", 2, detail)
-        )
+        what = f"`{command}` over the low-level runtime"
+        results.append(Result(command, what, (through - alone) * 1000, " ms", 0.8, detail))
     return results
 
 
 def _one_command(bench: Bench, side: Side, words: tuple[str, ...]) -> float:
     with bench.bundle(side) as bundle:
         plain = bench.plain()
-        bundle.write(["/bin/sleep", "60"], side.env)
-        bench.call(plain, bundle, "create", "--bundle", str(bundle.directory), bundle.id)
-        if words[0] != "start":
-            bench.call(plain, bundle, "start", bundle.id)
         try:
+            if words[0] == "delete":
+                bench.run_to_the_end(plain, bundle)
+            else:
+                bundle.write(["/bin/sleep", "60"])
+                bench.call(plain, bundle, "create", "--bundle", str(bundle.directory), bundle.id)
+                if words[0] != "start":
+                    bench.call(plain, bundle, "start", bundle.id)
             begin = time.perf_counter()
             bench.call(side, bundle, *(word.format(bundle.id) for word in words))
             return time.perf_counter() - begin
@@ -289,11 +363,8 @@ def first(bench: Bench, config: Path, _peer: str) -> list[Result]:
         bench.end_server()
         shutil.rmtree(state, ignore_errors=True)
         times.append(bench.start(bench.ours(config, GPUS)))
-    return [
-        Result(
-            "first", "the first start on a host, no inventory", statistics.median(times), " s", 0.4, f"of {len(times)}"
-        )
-    ]
+    what = "the first start on a host, no inventory"
+    return [Result("first", what, statistics.median(times), " s", 0.3, f"of {len(times)}")]
 
 
 def _state_of(config: Path) -> Path:
@@ -308,7 +379,7 @@ def at_once(bench: Bench, config: Path, _peer: str) -> list[Result]:
         runs=max(3, bench.runs // 8),
     )
     what = "32 containers started at once, wall time"
-    return [Result("at-once", what, ours / plain, "", 1.5, f"{plain * 1000:.0f} ms, {ours * 1000:.0f} ms")]
+    return [_result(bench, "at-once", what, plain, ours, 1.5 if bench.is_real else 1.4)]
 
 
 def _many(bench: Bench, side: Side) -> float:
@@ -321,22 +392,33 @@ def _many(bench: Bench, side: Side) -> float:
 
 
 def memory(bench: Bench, config: Path, _peer: str) -> list[Result]:
-    """The largest of our processes: the wrapper becomes runc, so a runtime that only exits stands in for that."""
+    bench.end_server()
+    bench.start(bench.ours(config, GPUS))
+    family = [_peak(pid) for pid in bench.server_at_rest()]
+    wrapper, hook = _peaks_of_python(bench, config)
+    detail = f"wrapper {wrapper:.1f} MB, hook {hook:.1f} MB"
+    rows = {"memory-server": "peak memory of the server", "memory-child": "peak memory of its child that waits"}
+    results = [Result(*row, peak, " MB", 20, "after a start") for row, peak in zip(rows.items(), family, strict=False)]
+    what = "peak memory of Python without a server"
+    return [*results, Result("memory-python", what, max(wrapper, hook), " MB", 20, detail)]
+
+
+def _peaks_of_python(bench: Bench, config: Path) -> tuple[float, float]:
+    """(the wrapper, the hook). The wrapper becomes runc, so a runtime that only exits stands in for that."""
     program = bench.place / "memory-runtime"
     program.write_text("#!/bin/sh\nexit 0\n")
     program.chmod(0o755)
     settings = bench.place / "memory.toml"
     settings.write_text(config.read_text().replace(f'runtimes = ["{bench.low_level}"]', f'runtimes = ["{program}"]'))
-    bench.start(bench.ours(config, GPUS))
     side = bench.alone()
     side.config = settings
-    what = "its interpreter, with a request"
-    results = [
-        Result("memory-server", "peak memory of the server", bench.end_server() / 1024, " MB", 20, "after a start"),
-        Result("memory-wrapper", "peak memory of the wrapper", _peak_of_wrapper(bench, side), " MB", 20, what),
-    ]
+    with bench.bundle(side) as bundle:
+        log = bench.place / "wrapper.log"
+        words = ("create", "--bundle", str(bundle.directory), bundle.id)
+        bench.call(side, bundle, *words, before=("/usr/bin/time", "-o", str(log), "-f", "%M"))
+        wrapper = int(log.read_text().split()[-1]) / 1024
     side.config = config
-    log = bench.place / "memory.log"
+    log = bench.place / "hook.log"
     hook = Path(side.runtime).with_name("nvidia-container-runtime-hook")
     kept = hook.with_suffix(".kept")
     hook.rename(kept)
@@ -346,16 +428,7 @@ def memory(bench: Bench, config: Path, _peer: str) -> list[Result]:
         bench.start(side)
     finally:
         kept.rename(hook)
-    peak = max(int(line) for line in log.read_text().split()) / 1024
-    return [*results, Result("memory-hook", "peak memory of the hook", peak, " MB", 20, "prestart and poststop")]
-
-
-def _peak_of_wrapper(bench: Bench, side: Side) -> float:
-    with bench.bundle(side) as bundle:
-        log = bench.place / "wrapper.log"
-        words = ("create", "--bundle", str(bundle.directory), bundle.id)
-        bench.call(side, bundle, *words, before=("/usr/bin/time", "-o", str(log), "-f", "%M"))
-        return int(log.read_text().split()[-1]) / 1024
+    return wrapper, max(int(line) for line in log.read_text().split()) / 1024
 
 
 ROWS = {
@@ -381,11 +454,12 @@ def main() -> int:
     parser.add_argument("--json", type=Path, metavar="FILE", help="the results for programs")
     options = parser.parse_args()
     be_where_run_is_memory()
+    low_level_options = be_where_it_starts(options.low)
     results: list[Result] = []
     with tempfile.TemporaryDirectory(prefix="nvhook-bench-") as name:
         place = Path(name)
         place.chmod(0o755)
-        bench = Bench(place, options.runs, options.low)
+        bench = Bench(place, options.runs, options.low, low_level_options, is_real=options.real)
         try:
             config = real_config(bench) if options.real else bench.host("h200-ubuntu24")
             print(f"{platform.release()}, {os.cpu_count()} CPUs, medians of {options.runs}, sides in turn", flush=True)

@@ -20,7 +20,7 @@ from xml.sax.saxutils import escape
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from bench import GPUS, Bench, Side, be_where_run_is_memory, real_config
+from bench import GPUS, Bench, Side, be_where_it_starts, be_where_run_is_memory, real_config
 from containers import Bundle
 
 _CALLS = "execve,exit_group,clone,clone3,vfork,fork,rename,renameat,renameat2,setns,open_tree,move_mount,alarm"
@@ -58,14 +58,14 @@ class Tracer:
         self.of_server = bench.place / "server.trace"
         with bench.bundle(side) as bundle:
             words = ("create", "--bundle", str(bundle.directory), bundle.id)
-            self.first = self._trace(bundle, side, self.of_server, *words)
+            self.first = self._trace(side, self.of_server, *words)
             end = time.monotonic() + 20
             while not self._is_created(bundle) and time.monotonic() < end:
                 time.sleep(0.1)
             bundle.delete(bench.low_level)
 
     def _is_created(self, bundle: Bundle) -> bool:
-        command = [*bundle.through, self.bench.low_level, "state", bundle.id]
+        command = [self.bench.low_level, "state", bundle.id]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         return '"created"' in done.stdout
 
@@ -87,7 +87,7 @@ class Tracer:
             return sum(here[-1][0] - here[0][0] for _, here in self._commands(bundle, side)) * 1000
 
     def _commands(self, bundle: Bundle, side: Side) -> Iterator[tuple[str, list[Event]]]:
-        tracing = []
+        tracing: list[subprocess.Popen[bytes]] = []
         for number, words in enumerate(
             (
                 ("create", "--bundle", str(bundle.directory), bundle.id),
@@ -96,14 +96,16 @@ class Tracer:
             )
         ):
             log = self.bench.place / f"trace{number}"
-            tracing.append(self._trace(bundle, side, log, *words))
+            if words[0] == "delete":  # of a container that runs still, runc waits 100 ms for the end
+                tracing[0].wait(20)
+            tracing.append(self._trace(side, log, *words))
             yield words[0], _until_over(log)
         for process in tracing:
             process.wait(20)
 
-    def _trace(self, bundle: Bundle, side: Side, log: Path, *words: str) -> subprocess.Popen[bytes]:
+    def _trace(self, side: Side, log: Path, *words: str) -> subprocess.Popen[bytes]:
         """It ends with the last process that the command has started: after `create`, with the container."""
-        command = [*bundle.through, *_STRACE, str(log), side.runtime, *words]
+        command = [*_STRACE, str(log), side.runtime, *words]
         env = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin"}
         env |= {"NVHOOK_CONFIG": str(side.config)} if side.config else {}
         log.unlink(missing_ok=True)
@@ -197,6 +199,7 @@ def main() -> int:
     parser.add_argument("--real", action="store_true", help="this machine's own driver, not a simulated host")
     options = parser.parse_args()
     be_where_run_is_memory()
+    be_where_it_starts("runc")
     with tempfile.TemporaryDirectory(prefix="nvhook-picture-") as name:
         bench = Bench(Path(name), _RUNS)
         try:
