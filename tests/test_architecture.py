@@ -95,7 +95,6 @@ def test_every_module_is_looked_at() -> None:
     assert {"nvhook", "commands", "doctor", "linux", "nvruntime"} <= {path.parent.name for path in PROGRAM}
     assert "nvhook.linux.kernel" in set(_imports(HOOK / "linux/root.py"))
     assert "nvhook.spec" in set(_imports(WRAPPER / "create.py"))
-    assert "elftools.elf.elffile" in set(_imports(HOOK / "linux/elf.py"))
 
 
 # Files
@@ -150,7 +149,6 @@ HEAVY = {
     "json",
     "re",
     "dataclasses",
-    "elftools",
     "email",
     "importlib.metadata",
     "inspect",
@@ -254,7 +252,7 @@ def test_road_of_the_hook_with_an_inventory(simhost: Callable[[str], Path], tmp_
     loaded = _loaded(_HOOK_ROAD, str(settings), _bundle(tmp_path, "NVIDIA_VISIBLE_DEVICES=all"))
     assert {"nvhook.driver", "nvhook.plan", "nvhook.linux.kernel"} <= loaded
     assert not loaded & HEAVY
-    assert not loaded & {"nvhook.discovery", "nvhook.linux.elf", "nvhook.nvml"}
+    assert not loaded & {"nvhook.discovery", "nvhook.nvml"}
 
 
 @pytest.mark.root
@@ -271,6 +269,6 @@ def test_road_of_the_hook_that_asks_nvml(simhost: Callable[[str], Path], tmp_pat
     for _ in range(2):
         loaded = _loaded(road, str(settings), bundle)
         assert {"nvhook.nvml", "nvhook.linux.confine"} <= loaded
-        assert not loaded & {"elftools", "pynvml", "jsonschema", "argparse", "subprocess", "logging", "pathlib"}
+        assert not loaded & {"pynvml", "jsonschema", "argparse", "subprocess", "logging", "pathlib"}
         assert not [name for name in loaded if "libnvidia-ml" in name]
         assert (tmp_path / "run/nvml.json").exists()

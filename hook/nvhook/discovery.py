@@ -301,8 +301,7 @@ def _glibc(fd: int) -> tuple[int, ...]:
 
 def _read_elf(fd: int, path: str) -> elf.Elf | None:
     try:
-        with open(fd, "rb", closefd=False) as stream:
-            return elf.read(stream)
+        return elf.read(fd)
     except (OSError, ValueError) as error:
         raise DriverError(f"read `{path}`: {error}", "reinstall the driver") from None
 

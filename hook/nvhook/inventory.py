@@ -78,7 +78,7 @@ def is_kept(config: Config, version: str) -> bool:
 
 def _discover(config: Config, version: str, warnings: list[str], looked: dict[str, int]) -> Driver:
     """`looked` gets the directories that were looked into, and when each was changed last."""
-    from . import discovery, places, wsl, wsl_driver  # pyelftools and what it brings, once per driver
+    from . import discovery, places, wsl, wsl_driver  # json and what it brings, once per driver
 
     root = places.noting(looked)
     if wsl.is_store(version):

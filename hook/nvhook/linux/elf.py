@@ -5,8 +5,9 @@ Not for symbols, sections or debugging data. Only program headers and what they 
 does: section headers may be missing or wrong, and a library of 90 MB costs some 10 kB of reading. The file may be
 hostile, so every offset is held against the file's size and every count against a limit before it is followed.
 
-pyelftools knows the layouts. Its own walks (segments, notes) are not used: they go through all the section headers,
-and sizes in the file decide how much they read.
+`headers` is for every container start, and imports nothing; symver.py goes on from there. `read` is for the driver's
+files, once per driver. Libraries that know the format walk all the section headers, and sizes in the file decide how
+much they read.
 """
 
 from __future__ import annotations
@@ -20,18 +21,29 @@ _MAX_NOTES = 64 << 10  # bytes
 _MAX_NEEDED = 1024
 _MAX_STRING = 4096  # bytes, without the NUL
 
-_TEXTS = ("DT_NEEDED", "DT_RPATH", "DT_RUNPATH", "DT_SONAME")
+# EI_CLASS -> bits, and the forms of the header, a program header and an entry of the dynamic segment
+_CLASSES = {1: (32, "16s2H5I6H", "8I", "2I"), 2: (64, "16s2HI3QI6H", "2I6Q", "2Q")}
+_ORDERS = {1: "<", 2: ">"}  # EI_DATA
+_NOTE = "3I"  # bytes of the name, bytes of the description, type
 
-# The machines that have a driver, in the only class and byte order that it comes in; x32 is none of them.
+_ET_EXEC, _ET_DYN = 2, 3
+_PT_LOAD, _PT_DYNAMIC, _PT_INTERP, _PT_NOTE = 1, 2, 3, 4
+_DT_NULL, _DT_NEEDED, _DT_STRSZ, _DT_SONAME, _DT_RPATH, _DT_RUNPATH = 0, 1, 10, 14, 15, 29
+DT_STRTAB = 5
+_TEXTS = (_DT_NEEDED, _DT_RPATH, _DT_RUNPATH, _DT_SONAME)
+_NT_GNU_ABI_TAG = 1
+
+# e_machine of those that have a driver, in the only class and byte order that it comes in; x32 is none of them.
 _MACHINES = {
-    ("EM_X86_64", 64, True): "x86-64",
-    ("EM_386", 32, True): "i386",
-    ("EM_AARCH64", 64, True): "aarch64",
-    ("EM_PPC64", 64, True): "ppc64le",
+    (62, 64, "<"): "x86-64",
+    (3, 32, "<"): "i386",
+    (183, 64, "<"): "aarch64",
+    (21, 64, "<"): "ppc64le",
 }
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from typing import Any, BinaryIO  # noqa: TID251 - never at run time
 
 
@@ -73,163 +85,172 @@ class Elf:
 def read(source: int | BinaryIO) -> Elf | None:
     """What the ELF file `source` says, or None if it is no ELF file.
 
-    `source` is a descriptor or a seekable binary stream; it stays open and its position changes. ValueError says what
-    is damaged; OSError is the system's.
+    `source` is a descriptor or a seekable binary stream; it stays open. ValueError says what is damaged; OSError is the
+    system's.
     """
-    if not isinstance(source, int):
-        return _read(_File(source))
-    # Without a buffer: what is read lies far apart.
-    with open(source, "rb", buffering=0, closefd=False) as stream:
-        return _read(_File(stream))
-
-
-def _read(file: _File) -> Elf | None:
-    if file.start(4) != b"\x7fELF":
+    found = headers(source)
+    if found is None:
         return None
-    header, structs = _header(file)
-    segments = _segments(file, header, structs)
-    texts = _dynamic(file, segments, structs)
-    soname = next(iter(texts["DT_SONAME"]), None)
-    search = next(iter(texts["DT_RUNPATH"] or texts["DT_RPATH"]), "")
-    has_interpreter = any(segment["p_type"] == "PT_INTERP" for segment in segments)
+    texts = _dynamic(found)
+    soname = next(iter(texts[_DT_SONAME]), None)
+    search = next(iter(texts[_DT_RUNPATH] or texts[_DT_RPATH]), "")
+    interpreter = found.segment(_PT_INTERP)
     return Elf(
-        structs.elfclass,
-        _machine(header, structs),
-        _kind(header["e_type"], is_program=has_interpreter and soname is None),
+        found.bits,
+        _MACHINES.get((found.machine, found.bits, found.order), str(found.machine)),
+        _kind(found.type, is_program=interpreter is not None and soname is None),
         soname,
-        tuple(texts["DT_NEEDED"]),
-        _abi(file, segments, structs),
-        interpreter=_interpreter(file, segments),
+        tuple(texts[_DT_NEEDED]),
+        _abi(found),
+        interpreter=_string(found.file, interpreter.offset, interpreter.size, 0) if interpreter else "",
         search=tuple(path for path in search.split(":") if path),
     )
 
 
-class _File:
-    """Reads pieces of a stream that lie wholly inside it."""
+def headers(source: int | BinaryIO) -> Headers | None:
+    """The beginning of `read`, with the same faults."""
+    file = File(source)
+    start = file.start(64)  # the header of the 64-bit class; the other one is shorter
+    return Headers(file, start) if start[:4] == b"\x7fELF" else None
 
-    def __init__(self, stream: Any) -> None:  # a raw or a buffered stream
-        self._stream = stream
-        self.size: int = stream.seek(0, os.SEEK_END)
+
+class File:
+    """Reads pieces of a descriptor or a stream that lie wholly inside it."""
+
+    __slots__ = ("_fd", "_stream", "size")
+
+    def __init__(self, source: int | BinaryIO) -> None:
+        self._stream: Any = None  # a raw or a buffered one
+        self._fd = -1
+        if isinstance(source, int):
+            self._fd = source
+            self.size = os.fstat(source).st_size
+        else:
+            self._stream = source
+            self.size = source.seek(0, os.SEEK_END)
 
     def start(self, length: int) -> bytes:
         """The first bytes; fewer where the file is shorter."""
-        return self.piece(0, min(length, self.size), "start")
+        return self._some(0, length)
 
     def piece(self, offset: int, length: int, what: str) -> bytes:
         """`length` bytes at `offset`; ValueError names `what` lies outside the file."""
         if offset + length > self.size:  # neither is negative: the fields of an ELF file are unsigned
             raise ValueError(f"{what} at {offset:#x} lies outside the file of {self.size} bytes")
-        self._stream.seek(offset)
-        data = bytearray()
+        data = self._some(offset, length)
         while len(data) < length:
-            chunk = self._stream.read(length - len(data))
+            chunk = self._some(offset + len(data), length - len(data))
             if not chunk:
                 raise ValueError(f"{what} at {offset:#x} ends early: the file became shorter")
             data += chunk
-        return bytes(data)
+        return data
+
+    def _some(self, offset: int, most: int) -> bytes:
+        if self._stream is None:
+            return os.pread(self._fd, most, offset)
+        self._stream.seek(offset)
+        data: bytes = self._stream.read(most)
+        return data
 
 
-def _header(file: _File) -> tuple[Any, Any]:
-    """(the ELF header, pyelftools' layouts for this class and byte order)."""
-    # Inside: 50 ms to import, and needed once per driver, not once per container.
-    from io import BytesIO
+class Segment:
+    """What a program header says: where it lies in the file, with how many bytes, and at which address in memory."""
 
-    from elftools.elf.elffile import ELFFile
+    __slots__ = ("address", "align", "kind", "offset", "size")
 
-    try:
-        elffile = ELFFile(BytesIO(file.start(64)))  # the header of the 64-bit class has 64 bytes
-    except Exception as error:  # ELFError, AssertionError, KeyError, …: all mean the same, and none is documented
-        raise ValueError(f"the ELF header is damaged: {error}") from None
-    return elffile.header, elffile.structs
-
-
-def _segments(file: _File, header: Any, structs: Any) -> list[Any]:
-    """The program headers."""
-    count, size = header["e_phnum"], header["e_phentsize"]
-    if count == 0:
-        return []
-    if count > _MAX_SEGMENTS:
-        raise ValueError(f"{count} program headers, more than {_MAX_SEGMENTS}")
-    if size != structs.Elf_Phdr.sizeof():
-        raise ValueError(f"program headers of {size} bytes, not {structs.Elf_Phdr.sizeof()}")
-    return _records(structs.Elf_Phdr, file.piece(header["e_phoff"], count * size, "program header table"))
+    def __init__(self, kind: int, offset: int, address: int, size: int, align: int) -> None:
+        self.kind = kind
+        self.offset = offset
+        self.address = address
+        self.size = size
+        self.align = align
 
 
-def _records(layout: Any, data: bytes) -> list[Any]:
-    """As many whole records as `data` holds."""
-    size = layout.sizeof()
-    return [layout.parse(data[place : place + size]) for place in range(0, len(data) - size + 1, size)]
+class Headers:
+    """Of an ELF file: `bits` 32 or 64, `order` the byte order as struct has it, `type` and `machine` the numbers."""
+
+    __slots__ = ("_entry", "bits", "file", "machine", "order", "segments", "type")
+
+    def __init__(self, file: File, start: bytes) -> None:
+        self.file = file
+        try:
+            self.order = _ORDERS[start[5]]
+            self.bits, header, segment, self._entry = _CLASSES[start[4]]
+            fields = struct.unpack_from(self.order + header, start)
+        except (IndexError, KeyError, struct.error):
+            raise ValueError("the ELF header is damaged") from None
+        self.type: int = fields[1]
+        self.machine: int = fields[2]
+        self.segments = self._segments(segment, fields[5], size=fields[9], count=fields[10])
+
+    def _segments(self, form: str, offset: int, *, size: int, count: int) -> list[Segment]:
+        if count == 0:
+            return []
+        if count > _MAX_SEGMENTS:
+            raise ValueError(f"{count} program headers, more than {_MAX_SEGMENTS}")
+        layout = struct.Struct(self.order + form)
+        if size != layout.size:
+            raise ValueError(f"program headers of {size} bytes, not {layout.size}")
+        table = layout.iter_unpack(self.file.piece(offset, count * size, "program header table"))
+        if self.bits == 64:
+            return [Segment(kind, at, address, length, align) for kind, _, at, address, _, length, _, align in table]
+        return [Segment(kind, at, address, length, align) for kind, at, address, _, length, _, _, align in table]
+
+    def segment(self, kind: int) -> Segment | None:
+        """The first of this kind."""
+        return next((segment for segment in self.segments if segment.kind == kind), None)
+
+    def entries(self) -> Iterator[tuple[int, int]]:
+        """(tag, value) of the dynamic segment; none of a file without one: object files, static programs."""
+        segment = self.segment(_PT_DYNAMIC)
+        if segment is None:
+            return
+        layout = struct.Struct(self.order + self._entry)
+        data = self.file.piece(segment.offset, min(segment.size, _MAX_DYNAMIC), "dynamic segment")
+        for tag, value in layout.iter_unpack(data[: len(data) // layout.size * layout.size]):
+            if tag == _DT_NULL:
+                return
+            yield tag, value
+        if segment.size > _MAX_DYNAMIC:
+            raise ValueError(f"the dynamic segment has no end within {_MAX_DYNAMIC} bytes")
+
+    def place(self, address: int) -> tuple[int, int]:
+        """(where in the file is what will be at `address` in memory, bytes from there to the end of its segment)."""
+        for segment in self.segments:
+            inside = address - segment.address
+            if segment.kind == _PT_LOAD and 0 <= inside < segment.size:
+                return segment.offset + inside, segment.size - inside
+        raise ValueError(f"the address {address:#x} is in no segment of the file")
 
 
-def _machine(header: Any, structs: Any) -> str:
-    from elftools.elf.enums import ENUM_E_MACHINE
-
-    machine = header["e_machine"]  # pyelftools' name, or the number where it has none
-    known = _MACHINES.get((machine, structs.elfclass, structs.little_endian))
-    return known or str(ENUM_E_MACHINE.get(machine, machine))
-
-
-def _kind(elf_type: Any, *, is_program: bool) -> str:
-    if elf_type == "ET_EXEC" or (elf_type == "ET_DYN" and is_program):
+def _kind(number: int, *, is_program: bool) -> str:
+    if number == _ET_EXEC or (number == _ET_DYN and is_program):
         return "executable"
-    return "shared" if elf_type == "ET_DYN" else "other"
+    return "shared" if number == _ET_DYN else "other"
 
 
-def _interpreter(file: _File, segments: list[Any]) -> str:
-    segment = next((item for item in segments if item["p_type"] == "PT_INTERP"), None)
-    if segment is None:
-        return ""
-    return _string(file, segment["p_offset"], segment["p_filesz"], 0)
-
-
-def _dynamic(file: _File, segments: list[Any], structs: Any) -> dict[str, list[str]]:
-    """Tag -> texts; all empty of a file without a dynamic segment: object files, static programs."""
-    segment = next((item for item in segments if item["p_type"] == "PT_DYNAMIC"), None)
-    if segment is None:
-        return {tag: [] for tag in _TEXTS}
-    size = min(segment["p_filesz"], _MAX_DYNAMIC)
-    wanted: list[tuple[str, int]] = []
-    table: dict[str, int] = {}
-    for entry in _records(structs.Elf_Dyn, file.piece(segment["p_offset"], size, "dynamic segment")):
-        tag, value = entry["d_tag"], entry["d_val"]
-        if tag == "DT_NULL":
-            break
+def _dynamic(found: Headers) -> dict[int, list[str]]:
+    """Tag -> texts."""
+    wanted: list[tuple[int, int]] = []
+    table: dict[int, int] = {}
+    for tag, value in found.entries():
         if tag in _TEXTS:
             wanted.append((tag, value))
-        elif tag in ("DT_STRTAB", "DT_STRSZ"):
+        elif tag in (DT_STRTAB, _DT_STRSZ):
             table[tag] = value
-    else:
-        if segment["p_filesz"] > _MAX_DYNAMIC:
-            raise ValueError(f"the dynamic segment has no end within {_MAX_DYNAMIC} bytes")
-    return _texts(file, wanted, table, segments)
-
-
-def _texts(
-    file: _File, wanted: list[tuple[str, int]], table: dict[str, int], segments: list[Any]
-) -> dict[str, list[str]]:
-    texts: dict[str, list[str]] = {tag: [] for tag in _TEXTS}
+    texts: dict[int, list[str]] = {tag: [] for tag in _TEXTS}
     if len(wanted) > _MAX_NEEDED:
         raise ValueError(f"more than {_MAX_NEEDED} needed libraries")
     if wanted:
-        start, size = _string_table(table, segments)
+        if len(table) < 2:
+            raise ValueError("the dynamic segment names no string table")
+        start, most = found.place(table[DT_STRTAB])
         for tag, offset in wanted:
-            texts[tag].append(_string(file, start, size, offset))
+            texts[tag].append(_string(found.file, start, min(table[_DT_STRSZ], most), offset))
     return texts
 
 
-def _string_table(table: dict[str, int], segments: list[Any]) -> tuple[int, int]:
-    """(offset in the file, bytes) of the dynamic string table, whose address is that in memory."""
-    if "DT_STRTAB" not in table or "DT_STRSZ" not in table:
-        raise ValueError("the dynamic segment names no string table")
-    address = table["DT_STRTAB"]
-    for segment in segments:
-        place = address - segment["p_vaddr"]
-        if segment["p_type"] == "PT_LOAD" and 0 <= place < segment["p_filesz"]:
-            return segment["p_offset"] + place, min(table["DT_STRSZ"], segment["p_filesz"] - place)
-    raise ValueError(f"the string table at address {address:#x} is in no segment of the file")
-
-
-def _string(file: _File, start: int, size: int, offset: int) -> str:
+def _string(file: File, start: int, size: int, offset: int) -> str:
     if offset >= size:
         raise ValueError(f"string {offset:#x} lies outside the string table of {size} bytes")
     length = min(_MAX_STRING + 1, size - offset)
@@ -242,32 +263,30 @@ def _string(file: _File, start: int, size: int, offset: int) -> str:
         raise ValueError(f"string {offset:#x} is not UTF-8") from None
 
 
-def _abi(file: _File, segments: list[Any], structs: Any) -> tuple[int, int, int] | None:
+def _abi(found: Headers) -> tuple[int, int, int] | None:
     """The Linux version of the first GNU ABI note."""
-    for segment in segments:
-        if segment["p_type"] == "PT_NOTE":
+    for segment in found.segments:
+        if segment.kind == _PT_NOTE:
             # Bytes beyond the limit are a core's; what is asked for stands at the start of a library.
-            size = min(segment["p_filesz"], _MAX_NOTES)
-            data = file.piece(segment["p_offset"], size, "note segment")
-            found = _abi_among(data, 8 if segment["p_align"] == 8 else 4, structs)
-            if found:
-                return found
+            data = found.file.piece(segment.offset, min(segment.size, _MAX_NOTES), "note segment")
+            version = _abi_among(data, 8 if segment.align == 8 else 4, found.order)
+            if version:
+                return version
     return None
 
 
-def _abi_among(data: bytes, align: int, structs: Any) -> tuple[int, int, int] | None:
+def _abi_among(data: bytes, align: int, order: str) -> tuple[int, int, int] | None:
     """`data` is a row of notes: sizes of name and description, type; name; description; each part aligned."""
-    words = "<4I" if structs.little_endian else ">4I"
-    header_size = structs.Elf_Nhdr.sizeof()
+    layout = struct.Struct(order + _NOTE)
     place = 0
-    while place + header_size <= len(data):
-        note = structs.Elf_Nhdr.parse(data[place : place + header_size])
-        name_start = place + header_size
-        start = _aligned(name_start + note["n_namesz"], align)
-        end = start + note["n_descsz"]
-        name = data[name_start : name_start + note["n_namesz"]]
-        if note["n_type"] == "NT_GNU_ABI_TAG" and name == b"GNU\0" and end - start >= 16 and end <= len(data):
-            system, major, minor, patch = struct.unpack_from(words, data, start)
+    while place + layout.size <= len(data):
+        name_size, size, kind = layout.unpack_from(data, place)
+        name_start = place + layout.size
+        start = _aligned(name_start + name_size, align)
+        end = start + size
+        name = data[name_start : name_start + name_size]
+        if kind == _NT_GNU_ABI_TAG and name == b"GNU\0" and size >= 16 and end <= len(data):
+            system, major, minor, patch = struct.unpack_from(f"{order}4I", data, start)
             return (major, minor, patch) if system == 0 else None  # 0 is Linux
         place = _aligned(end, align)
     return None

@@ -2,19 +2,16 @@
 """Symbol versions of a shared object: those that it defines, and those that it needs of other files (LSB, "Symbol
 Versioning"; dl_version.c of glibc checks them before anything of a program runs).
 
-For the road of a container start: a few reads by offset and nothing imported; elf.py is for what is read once per
-driver. The file may be hostile: every table has a limit, and an offset is only ever read at, so that one outside of the
-file finds nothing.
+For the road of a container start: a few reads by offset and nothing imported. The file may be hostile: every table has
+a limit, and nothing is read outside of the file.
 """
 
 from __future__ import annotations
 
-import os
 import struct
 
-_START = 64  # bytes: the ELF header
-_MAX_SEGMENTS = 64
-_MAX_DYNAMIC = 64 << 10  # bytes
+from . import elf
+
 _MAX_TABLE = 64 << 10  # bytes; glibc's own has 1500
 _MAX_STRING = 255  # bytes
 _MAX_STRINGS = 1 << 20  # bytes between the first and the last name; a linker puts them side by side
@@ -25,45 +22,22 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
     from typing import Any  # noqa: TID251 - never at run time
 
-_PT_LOAD, _PT_DYNAMIC = 1, 2
-_DT_NULL, _DT_STRTAB = 0, 5
 _DT_VERDEF, _DT_VERDEFNUM, _DT_VERNEED, _DT_VERNEEDNUM = 0x6FFFFFFC, 0x6FFFFFFD, 0x6FFFFFFE, 0x6FFFFFFF
 
-# Class -> ELF header up to e_phnum, program header, dynamic entry; all little-endian, as every driver is.
-_CLASSES = {
-    1: (struct.Struct("<16s2H5I3H"), struct.Struct("<8I"), struct.Struct("<2I")),
-    2: (struct.Struct("<16s2HI3QI3H"), struct.Struct("<2I6Q"), struct.Struct("<2Q")),
-}
+# Little-endian, as every driver is
 _VERDEF, _VERDAUX = struct.Struct("<4H3I"), struct.Struct("<2I")
 _VERNEED, _VERNAUX = struct.Struct("<2H3I"), struct.Struct("<I2H2I")
 
 
 class Versions:
-    """Of the ELF file `fd`, which stays open. `machine` as in e_machine. ValueError for a damaged file."""
+    """`machine` as in e_machine. ValueError for a damaged file."""
 
-    __slots__ = ("_dynamic", "_fd", "_segments", "machine")
+    __slots__ = ("_dynamic", "_headers", "machine")
 
-    def __init__(self, fd: int, start: bytes) -> None:
-        header, segment, entry = _CLASSES[start[4]]
-        fields = _unpacked(header, start, 0)
-        self.machine: int = fields[2]
-        self._fd = fd
-        self._segments: list[tuple[int, int, int]] = []  # address, offset, size
-        self._dynamic: dict[int, int] = {}
-        dynamic = (0, 0)
-        offset, count = fields[5], fields[-1]
-        if count > _MAX_SEGMENTS:
-            raise ValueError(f"{count} program headers, more than {_MAX_SEGMENTS}")
-        for kind, *numbers in segment.iter_unpack(_whole(self._piece(offset, count * segment.size), segment)):
-            where, address, size = (numbers[1], numbers[2], numbers[4]) if start[4] == 2 else (*numbers[:2], numbers[3])
-            if kind == _PT_LOAD:
-                self._segments.append((address, where, size))
-            elif kind == _PT_DYNAMIC:
-                dynamic = where, size
-        for tag, value in entry.iter_unpack(_whole(self._piece(dynamic[0], min(dynamic[1], _MAX_DYNAMIC)), entry)):
-            if tag == _DT_NULL:
-                break
-            self._dynamic[tag] = value
+    def __init__(self, headers: elf.Headers) -> None:
+        self.machine = headers.machine
+        self._headers = headers
+        self._dynamic = dict(headers.entries())
 
     def defined(self) -> list[str]:
         """Those that it has for others."""
@@ -104,41 +78,32 @@ class Versions:
         return count
 
     def _table(self, tag: int) -> bytes:
-        return self._piece(self._place(self._dynamic[tag]), _MAX_TABLE) if tag in self._dynamic else b""
+        return self._piece(self._dynamic[tag], _MAX_TABLE) if tag in self._dynamic else b""
 
     def _strings(self, offsets: list[int]) -> list[str]:
         if not offsets:
             return []
         first, size = min(offsets), max(offsets) - min(offsets) + _MAX_STRING + 1
-        if _DT_STRTAB not in self._dynamic or size > _MAX_STRINGS:
+        if elf.DT_STRTAB not in self._dynamic or size > _MAX_STRINGS:
             raise ValueError("there is no string table, or it is too long")
-        text = self._piece(self._place(self._dynamic[_DT_STRTAB]) + first, size)
+        text = self._piece(self._dynamic[elf.DT_STRTAB] + first, size)
         ends = [text.find(b"\0", offset - first, offset - first + _MAX_STRING + 1) for offset in offsets]
         if min(ends) < 0:
             raise ValueError("a name has no end")
         pairs = zip(offsets, ends, strict=True)
         return [text[offset - first : end].decode("ascii", "backslashreplace") for offset, end in pairs]
 
-    def _place(self, address: int) -> int:
-        """Where in the file is what will be at this address in memory."""
-        for start, offset, size in self._segments:
-            if 0 <= address - start < size:
-                return offset + address - start
-        raise ValueError(f"the address {address:#x} is in no segment of the file")
-
-    def _piece(self, offset: int, size: int) -> bytes:
-        """Shorter at the end of the file, and empty beyond."""
-        if offset + size >= 1 << 63:  # off_t ends there
-            raise ValueError(f"{offset:#x} lies outside of any file")
-        return os.pread(self._fd, size, offset)
+    def _piece(self, address: int, size: int) -> bytes:
+        """Of what will be at this address in memory; shorter at the end of its segment."""
+        place, most = self._headers.place(address)
+        return self._headers.file.piece(place, min(size, most), "a table")
 
 
 def read(fd: int) -> Versions | None:
-    """None if `fd` is no ELF file, or a big-endian one. ValueError for a damaged one; OSError is the system's."""
-    start = os.pread(fd, _START, 0)
-    if start[:4] != b"\x7fELF" or start[4:5] not in (b"\1", b"\2") or start[5:6] != b"\1":
-        return None
-    return Versions(fd, start)
+    """None if `fd`, which stays open, is no ELF file, or a big-endian one. ValueError for a damaged one; OSError is the
+    system's."""
+    headers = elf.headers(fd)
+    return Versions(headers) if headers and headers.order == "<" else None
 
 
 def newest(names: Iterable[str], prefix: str) -> tuple[int, ...]:
@@ -154,8 +119,3 @@ def _unpacked(layout: struct.Struct, data: bytes, place: int) -> tuple[Any, ...]
     if place + layout.size > len(data):
         raise ValueError("the file ends inside a table")
     return layout.unpack_from(data, place)
-
-
-def _whole(data: bytes, layout: struct.Struct) -> bytes:
-    """As many whole records as there are."""
-    return data[: len(data) // layout.size * layout.size]
