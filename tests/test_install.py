@@ -310,7 +310,7 @@ def _works(place: Path) -> bool:
 def few_packages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """The environment for an installation with the packages that it looks for alone: a second one is made soon."""
     place = tmp_path_factory.mktemp("packages")
-    for name in ("elftools", "pynvml.py", "shtab"):
+    for name in ("pynvml.py", "shtab"):
         (source,) = [path for path in (REPOSITORY / "build/packages").iterdir() if path.name in (name, f"{name}.py")]
         shutil.copytree(source, place / name) if source.is_dir() else shutil.copy(source, place)
     return {**os.environ, "NVHOOK_PACKAGES": str(place)}

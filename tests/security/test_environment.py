@@ -26,7 +26,7 @@ _CALLS = "trace=open,openat,openat2,execve,execveat,setns,chroot,pivot_root,clon
 
 # A Python that looked beside itself would find these; a dynamic linker, a shell and iconv the others.
 _MODULES = ("os.py", "json.py", "sitecustomize.py", "usercustomize.py", "_ctypes.py", "ctypes/__init__.py")
-_PACKAGES = ("encodings/__init__.py", "nvhook/__init__.py", "nvruntime/__init__.py", "elftools/__init__.py")
+_PACKAGES = ("encodings/__init__.py", "nvhook/__init__.py", "nvruntime/__init__.py", "pynvml.py")
 _OTHERS = (
     "bin/python3",
     "evil.so",
