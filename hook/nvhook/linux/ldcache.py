@@ -27,8 +27,8 @@ MAGIC = b"glibc-ld.so.cache"
 VERSION = b"1.1"
 HEADER = struct.Struct("<17s3sIIB3xI12x")
 ENTRY = struct.Struct("<iIIIQ")
-BYTE_ORDER = 3  # mask: 0 not said (before glibc 2.33), 2 little-endian, 3 big-endian
-UNKNOWN_ORDER, LITTLE_ENDIAN, _BIG_ENDIAN = 0, 2, 3
+_BYTE_ORDER = 3  # mask: 0 not said (before glibc 2.33), 2 little-endian, 3 big-endian
+_UNKNOWN_ORDER, LITTLE_ENDIAN, _BIG_ENDIAN = 0, 2, 3
 
 _MAX_STRING = 4096  # bytes, PATH_MAX
 _MAX_OVERLAP = 4  # times the size of the file, for all different strings together
@@ -52,29 +52,53 @@ class Entry:
         self.osversion = osversion
 
 
+class Cache:
+    """The parts of a cache; ValueError says what is wrong with them. No entry of `table` has been looked at.
+
+    whole        the file without an old part: the offsets in it count from here
+    order        its byte that has the byte order
+    extension    where in `whole` its extension is, as the header has it; 0 for none
+    """
+
+    __slots__ = ("count", "extension", "order", "strings", "strings_start", "table", "whole")
+
+    def __init__(self, data: bytes) -> None:
+        self.whole = data[_start_of(data) :]
+        if len(self.whole) < HEADER.size:
+            raise ValueError(f"truncated: {len(data)} bytes end inside the header")
+        magic, version, self.count, size, self.order, self.extension = HEADER.unpack_from(self.whole)
+        if magic != MAGIC or version != VERSION:
+            raise ValueError("unsupported format: neither `glibc-ld.so.cache1.1` nor behind a `ld.so-1.7.0` header")
+        _check_byte_order(self.order & _BYTE_ORDER)
+        self.strings_start = HEADER.size + self.count * ENTRY.size
+        end = self.strings_start + size
+        if end > len(self.whole):
+            raise ValueError(
+                f"truncated: {self.count} entries and {size} bytes of strings do not fit in {len(data)} bytes"
+            )
+        self.table = self.whole[HEADER.size : self.strings_start]
+        self.strings = self.whole[self.strings_start : end]
+
+    def string(self, offset: int) -> bytes:
+        place = offset - self.strings_start
+        if not 0 <= place < len(self.strings):
+            raise ValueError(f"string {offset:#x} lies outside the strings of the cache")
+        end = self.strings.find(b"\0", place, place + _MAX_STRING + 1)
+        if end < 0:
+            raise ValueError(f"string {offset:#x} has no end within {_MAX_STRING + 1} bytes")
+        return self.strings[place:end]
+
+
 def parse(data: bytes) -> list[Entry]:
     """The entries of a cache, in its order. ValueError says what is wrong with it.
 
     Bytes that are not UTF-8 come as os.fsdecode gives them, so that `path` can be opened.
     """
-    start = start_of(data)
-    if len(data) - start < HEADER.size:
-        raise ValueError(f"truncated: {len(data)} bytes end inside the header")
-    magic, version, count, string_bytes, order, _ = HEADER.unpack_from(data, start)
-    if magic != MAGIC or version != VERSION:
-        raise ValueError("unsupported format: neither `glibc-ld.so.cache1.1` nor behind a `ld.so-1.7.0` header")
-    _check_byte_order(order & BYTE_ORDER)
-    table = start + HEADER.size
-    table_end = table + count * ENTRY.size
-    end = table_end + string_bytes
-    if end > len(data):
-        raise ValueError(
-            f"truncated: {count} entries and {string_bytes} bytes of strings do not fit in {len(data)} bytes"
-        )
-    strings = _Strings(data, start, table_end, end)
+    cache = Cache(data)
+    strings = _Strings(cache, _MAX_OVERLAP * len(data))
     return [
         Entry(strings.at(name), strings.at(path), flags, hwcap, osversion)
-        for flags, name, path, osversion, hwcap in ENTRY.iter_unpack(memoryview(data)[table:table_end])
+        for flags, name, path, osversion, hwcap in ENTRY.iter_unpack(cache.table)
     ]
 
 
@@ -84,7 +108,7 @@ def entries_for(entries: list[Entry], machine: str) -> list[Entry]:
     return [entry for entry in entries if entry.flags & _MACHINE == wanted and entry.flags & _KIND in _KINDS]
 
 
-def start_of(data: bytes) -> int:
+def _start_of(data: bytes) -> int:
     """Where the new part begins: behind the old one, if there is one."""
     if not data.startswith(_OLD_MAGIC):
         return 0
@@ -103,38 +127,26 @@ def start_of(data: bytes) -> int:
 def _check_byte_order(order: int) -> None:
     if order == _BIG_ENDIAN:
         raise ValueError("unsupported format: big-endian")
-    if order not in (UNKNOWN_ORDER, LITTLE_ENDIAN):
+    if order not in (_UNKNOWN_ORDER, LITTLE_ENDIAN):
         raise ValueError(f"byte order {order} is none")
 
 
 class _Strings:
-    """The strings between `first` and `end` of `data`, by their offset from `start`."""
+    """Those of `cache`, decoded once each, until they have `most` bytes together."""
 
-    __slots__ = ("_data", "_end", "_first", "_known", "_left", "_start")
+    __slots__ = ("_cache", "_known", "_left")
 
-    def __init__(self, data: bytes, start: int, first: int, end: int) -> None:
-        self._data = data
-        self._start = start
-        self._first = first
-        self._end = end
+    def __init__(self, cache: Cache, most: int) -> None:
+        self._cache = cache
         self._known: dict[int, str] = {}
-        self._left = _MAX_OVERLAP * len(data)
+        self._left = most
 
     def at(self, offset: int) -> str:
         known = self._known.get(offset)
         if known is None:
-            known = self._known[offset] = self._decode(offset)
+            text = self._cache.string(offset)
+            self._left -= len(text) + 1
+            if self._left < 0:
+                raise ValueError(f"the strings overlap: together more than {_MAX_OVERLAP} times the file")
+            known = self._known[offset] = text.decode("utf-8", "surrogateescape")
         return known
-
-    def _decode(self, offset: int) -> str:
-        place = self._start + offset
-        if not self._first <= place < self._end:
-            raise ValueError(f"string {offset:#x} lies outside the strings of the cache")
-        limit = min(place + _MAX_STRING + 1, self._end)
-        end = self._data.find(b"\0", place, limit)
-        if end < 0:
-            raise ValueError(f"string {offset:#x} has no end within {limit - place} bytes")
-        self._left -= end - place + 1
-        if self._left < 0:
-            raise ValueError(f"the strings overlap: together more than {_MAX_OVERLAP} times the file")
-        return self._data[place:end].decode("utf-8", "surrogateescape")

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import struct
 
-from .ldcache import BYTE_ORDER, ENTRY, HEADER, LITTLE_ENDIAN, MACHINES, MAGIC, UNKNOWN_ORDER, VERSION, start_of
+from .ldcache import ENTRY, HEADER, MACHINES, MAGIC, VERSION, Cache
 
 _LIBC6 = 3
 _EXTENSION_MAGIC = 0xEAA42174
@@ -24,7 +24,6 @@ _GENERATOR, _HWCAPS = 0, 1  # text; offsets of strings, four bytes each
 _MAX_HWCAPS = 64  # subdirectories of glibc-hwcaps; there are seven on the machines that have any
 _MAX_SAME = 64  # entries of one name, in any cache that is not a trap
 _MAX_NAME = 255  # bytes, NAME_MAX: to compare longer ones takes its time
-_MAX_STRING = 4096
 
 
 class Name:
@@ -87,35 +86,26 @@ def directories(data: bytes) -> list[str]:
     return sorted(path.decode("utf-8", "surrogateescape") for path in paths)
 
 
-class _Cache:
-    """The parts of a cache, as they are. Offsets in it count from 48 bytes before `table`."""
+class _Cache(Cache):
+    """With its extension, and searched as the linker does."""
 
-    __slots__ = ("_count", "_sections", "_strings_start", "order", "strings", "table")
+    __slots__ = ("_sections",)
 
     def __init__(self, data: bytes) -> None:
-        whole = data[start_of(data) :]
-        if len(whole) < HEADER.size:
-            raise ValueError(f"truncated: {len(whole)} bytes end inside the header")
-        magic, version, self._count, size, self.order, extension = HEADER.unpack_from(whole)
-        if magic != MAGIC or version != VERSION or self.order & BYTE_ORDER not in (UNKNOWN_ORDER, LITTLE_ENDIAN):
-            raise ValueError("unsupported format")
-        self._strings_start = HEADER.size + self._count * ENTRY.size
-        end = self._strings_start + size
-        if end > len(whole) or (extension and extension < end):
-            raise ValueError("truncated")
-        self.table = whole[HEADER.size : self._strings_start]
-        self.strings = whole[self._strings_start : end]
-        self._sections = _sections(whole, extension) if extension else []
+        super().__init__(data)
+        if self.extension and self.extension < self.strings_start + len(self.strings):
+            raise ValueError("truncated: the extension lies among the strings")
+        self._sections = _sections(self.whole, self.extension) if self.extension else []
 
     def place_of(self, name: Name) -> int:
         """The first entry that comes behind `name`: a binary search, as the linker's own."""
         wanted = _key(name.name.encode()), MACHINES[name.machine] | _LIBC6, 0
-        low, high = 0, self._count
+        low, high = 0, self.count
         while low < high:
             middle = (low + high) // 2
             flags, offset, _, _, hwcap = ENTRY.unpack_from(self.table, middle * ENTRY.size)
             # The table descends. Entries for better processors stand before those for all.
-            key = self._string(offset)
+            key = self.string(offset)
             if len(key) > _MAX_NAME:
                 raise ValueError(f"a name of more than {_MAX_NAME} bytes")
             if (_key(key), flags, hwcap) > wanted:
@@ -129,24 +119,15 @@ class _Cache:
         found: list[int] = []
         wanted = name.name.encode()
         path = f"{name.directory}/{name.name}".encode()
-        for index in range(place, self._count):
+        for index in range(place, self.count):
             flags, at, path_at, _, hwcap = ENTRY.unpack_from(self.table, index * ENTRY.size)
-            if flags != MACHINES[name.machine] | _LIBC6 or hwcap or self._string(at) != wanted:
+            if flags != MACHINES[name.machine] | _LIBC6 or hwcap or self.string(at) != wanted:
                 return found
             if index - place == _MAX_SAME:
                 raise ValueError(f"more than {_MAX_SAME} entries of one name")
-            if self._string(path_at) == path:
+            if self.string(path_at) == path:
                 found.append(index)
         return found
-
-    def _string(self, offset: int) -> bytes:
-        place = offset - self._strings_start
-        if not 0 <= place < len(self.strings):
-            raise ValueError(f"string {offset:#x} lies outside the strings of the cache")
-        end = self.strings.find(b"\0", place, place + _MAX_STRING)
-        if end < 0:
-            raise ValueError(f"string {offset:#x} has no end")
-        return self.strings[place:end]
 
     def extension_at(self, start: int, shift: int) -> bytes:
         """The extension for its new place; the strings that it refers to have moved by `shift`."""
