@@ -170,17 +170,14 @@ def _quoted(text: str) -> str:
 def _syslog(path: str) -> int:
     if not os.path.exists(path):
         return -1
-    from .linux import kernel  # `import socket` costs 6 ms, for two calls
+    import _socket  # the package around it costs 6 ms
 
-    fd = -1
     try:
-        fd = kernel.socket(kernel.AF_UNIX, kernel.SOCK_DGRAM | kernel.SOCK_NONBLOCK | kernel.SOCK_CLOEXEC)
-        kernel.connect(fd, path)
+        logger = _socket.socket(_socket.AF_UNIX, _socket.SOCK_DGRAM | _socket.SOCK_NONBLOCK | _socket.SOCK_CLOEXEC)
+        logger.connect(path)
     except OSError:
-        if fd >= 0:
-            os.close(fd)
         return -1
-    return fd
+    return logger.detach()
 
 
 def append(fd: int, line: bytes) -> None:

@@ -18,8 +18,6 @@ import struct
 _X86_64 = os.uname().machine == "x86_64"
 _NR_MADVISE = 28 if _X86_64 else 233
 _NR_PRCTL = 157 if _X86_64 else 167
-_NR_SOCKET = 41 if _X86_64 else 198
-_NR_CONNECT = 42 if _X86_64 else 203
 _NR_PIVOT_ROOT = 155 if _X86_64 else 41
 _NR_SETFSUID = 122 if _X86_64 else 151
 _NR_SETFSGID = 123 if _X86_64 else 152
@@ -104,12 +102,6 @@ PR_SET_NO_NEW_PRIVS = 38
 
 # seccomp(2)
 SECCOMP_SET_MODE_FILTER = 1
-
-# socket(2)
-AF_UNIX = 1
-SOCK_DGRAM = 2
-SOCK_NONBLOCK = 0o4000
-SOCK_CLOEXEC = 0o2000000
 
 # fcntl(2): seals of a memfd
 F_ADD_SEALS = 1033
@@ -262,19 +254,6 @@ def setfsuid(uid: int) -> int:
 def setfsgid(gid: int) -> int:
     """The previous file system gid. The call reports no failure: ask again to see whether it took."""
     return _syscall(_NR_SETFSGID, gid)
-
-
-def socket(family: int, kind: int) -> int:
-    return _syscall(_NR_SOCKET, family, kind, 0)
-
-
-def connect(fd: int, path: str) -> None:
-    """A socket of AF_UNIX, to that of a path; ENAMETOOLONG beyond 107 bytes."""
-    name = os.fsencode(path)
-    if len(name) > 107:
-        raise OSError(36, os.strerror(36), path)
-    address = struct.pack("=H", AF_UNIX) + name + b"\0"
-    _syscall(_NR_CONNECT, fd, address, len(address), path=path)
 
 
 def clearenv() -> None:
