@@ -94,6 +94,7 @@ NOT_RUN = {
     "journalctl SYSLOG_FACILITY=10 | grep 'GPUs '": "test machines have no journal; tests/test_audit.py reads the line",
     "make bench": "measures for minutes",
     "make bench REAL=1": "needs a GPU, and measures for minutes",
+    "make bench ROWS=gpu LOW=crun": "measures for minutes",
     "make bench ROWS=gpu PEER=/usr/bin": "needs another runtime",
     "make bench RUNS=40 ROWS=gpu,no-request JSON=result.json": "measures for minutes",
     "pip install .": "pip asks for packages of the network",
