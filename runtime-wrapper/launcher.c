@@ -524,8 +524,8 @@ int main(int argc, char **argv) {
     const char *const ours[] = {"hook", CONFIG};
     char **work = join(ours, sizeof ours / sizeof *ours, words);
     /* Without the wrapper (dockerd's --gpus) the control group of the caller counts, which the server has not. */
-    bool is_last = words[0] && !strcmp(argv[argc - 1], "poststop");
-    if ((child || is_last) && may_ask_server() && keep_state()) {
+    bool is_after_wrapper = words[0] && (!strcmp(words[0], "--no-audit") || !strcmp(argv[argc - 1], "poststop"));
+    if (is_after_wrapper && may_ask_server() && keep_state()) {
         char name[32];
         struct text request = encode(work);
         int status = -1;

@@ -49,6 +49,16 @@ def test_no_interpreter_while_it_is_there(shop: Workshop, installed: Installed) 
     assert installed.pid() == pid
 
 
+def test_first_start_takes_one_interpreter(shop: Workshop, installation: Installed) -> None:
+    """Its hook waits for the server that its wrapper has left, while that loads."""
+
+    def takes_one() -> bool:
+        installation.end()
+        return start_right(shop, installation) == 1
+
+    assert any(takes_one() for _ in range(20))
+
+
 def test_many_at_once(shop: Workshop, installed: Installed) -> None:
     pid = installed.pid()
     bundles = [shop.bundle().write(LIST, ALL) for _ in range(20)]

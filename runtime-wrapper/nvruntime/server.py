@@ -113,16 +113,16 @@ def _run(place: str, lock: int) -> None:
     _sweep(place)
     if None in (sys.stdin, sys.stdout, sys.stderr) or not _is_inherited():  # Python has none that were closed
         return
-    _load()
     _leave_control_groups()
-    _be_called("nvhook-server")
-    gc.freeze()
-    gc.disable()  # a child is soon over, and a collection would copy all that it shares with this process
-    listener = _listen(f"{place}/socket")
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the kernel reaps the children
-    os.ftruncate(lock, 0)
-    os.write(lock, f"{os.getpid()}\n".encode())
+    listener = _listen(f"{place}/socket")  # from now on a caller waits: it is sooner served than by an interpreter
     try:
+        _load()
+        _be_called("nvhook-server")
+        gc.freeze()
+        gc.disable()  # a child is soon over, and a collection would copy all that it shares with this process
+        signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the kernel reaps the children
+        os.ftruncate(lock, 0)
+        os.write(lock, f"{os.getpid()}\n".encode())
         Server(place, lock, listener, null_streams, code).serve()
     finally:
         os.unlink(f"{place}/socket")
