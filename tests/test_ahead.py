@@ -4,7 +4,6 @@ container gets its GPUs, and nothing of it is left."""
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import shutil
@@ -72,18 +71,9 @@ class Between:
         return int(self._pids.read_text())
 
 
-@pytest.fixture(params=["server", "alone"])
-def between(request: pytest.FixtureRequest, shop: Workshop, installed: Installed) -> Iterator[Callable[[str], Between]]:
-    """The process is a child of the server, or, where there can be no server (below conmon), one that Python leaves."""
-    if request.param == "server":
-        yield lambda what: Between(shop, installed, what)
-        return
-    installed.end()
-    installed.server.mkdir(mode=0o700)
-    lock = os.open(installed.server / "pid", os.O_RDWR | os.O_CREAT, 0o600)
-    fcntl.flock(lock, fcntl.LOCK_EX)
-    yield lambda what: Between(shop, installed, what)
-    os.close(lock)
+@pytest.fixture
+def between(shop: Workshop, installed: Installed) -> Callable[[str], Between]:
+    return lambda what: Between(shop, installed, what)
 
 
 @pytest.mark.parametrize(
@@ -117,14 +107,12 @@ def test_container_gets_its_gpus_whatever_happens(
 
 
 def test_it_is_asked_and_no_interpreter(between: Callable[[str], Between], installed: Installed) -> None:
-    """The hook of the start is the launcher. Without a server the wrapper is Python, and the hook of the end."""
     start = between("sleep 0.3")
-    expected = 0 if installed.pid() else 2
 
     def is_light() -> bool:
         installed.interpreters()
         assert start.start().stdout == BOTH
-        return installed.interpreters() == expected
+        return installed.interpreters() == 0
 
     assert any(is_light() for _ in range(20))
 

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Prepare a container's start while the low-level runtime makes it, in the process that has edited its config.json.
+"""Prepare a container's start while the low-level runtime makes it, in the child of the server that has edited its
+config.json.
 
-That process, a child of the server (server.py), has read everything. It makes the plan and opens its sources; then it
-waits for the hook, or for the end of the low-level runtime. Without it the hook's work is done from the beginning.
+That process has read everything. It makes the plan and opens its sources; then it waits for the hook, or for the end
+of the low-level runtime. Without it the hook's work is done from the beginning.
 """
 
 from __future__ import annotations

@@ -26,14 +26,13 @@ if TYPE_CHECKING:
 def main(words: list[str]) -> None:
     """Do it in this process, which ends then, or becomes the low-level runtime."""
     status = 1
-    worker = None
     try:
         call = parse(words)
         if call and call.server and words[0] == "edit":
             from . import server
 
-            worker = server.leave(call.server)  # before anything of this container is in memory
-        status = run(words, call, worker.stay_alone if worker else None)
+            server.leave(call.server)  # before anything of this container is in memory
+        status = run(words, call)
         if call and not status:
             status = become(call)
     finally:

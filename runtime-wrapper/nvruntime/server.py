@@ -64,21 +64,12 @@ class Refused(Exception):  # noqa: N818 - the caller does the work itself
 # Leaving it behind
 
 
-def leave(place: str) -> Worker | None:
-    """Start it, unless there is one; `place` is its directory. What prepares for this start; None for a caller that is
-    not the machine's root."""
+def leave(place: str) -> None:
+    """Start it, unless there is one, or the caller is not the machine's root; `place` is its directory."""
     if os.geteuid() != 0 or not userns.is_first():
-        return None
+        return
     try:
         os.close(state_dir.open_directory(*os.path.split(place)))
-    except OSError:
-        return None
-    _start(place)
-    return Worker(place, NullStreams(), _identity("self"), _version_of_code())
-
-
-def _start(place: str) -> None:
-    try:
         lock = os.open(f"{place}/pid", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -106,7 +97,8 @@ def _run(place: str, lock: int) -> None:
     os.setsid()
     os.environ.clear()  # the first caller's
     os.umask(0o077)
-    _close_others([lock])
+    os.closerange(3, lock)
+    os.closerange(lock + 1, 1 << 16)
     null_streams = NullStreams()
     null_streams.take()
     code = _version_of_code()
@@ -205,22 +197,10 @@ class NullStreams:
         self._null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
         self._directory = os.open("/", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
 
-    def descriptors(self) -> list[int]:
-        return [self._null, self._directory]
-
     def take(self) -> None:
         for fd in (0, 1, 2):
             os.dup2(self._null, fd)
         os.fchdir(self._directory)
-
-
-def _close_others(kept: list[int]) -> None:
-    """All descriptors but the standard ones and these."""
-    begin = 3
-    for fd in sorted(kept):
-        os.closerange(begin, fd)
-        begin = fd + 1
-    os.closerange(begin, 1 << 16)
 
 
 def _version_of_code() -> list[tuple[int, int]]:
@@ -314,7 +294,7 @@ class Server:
 
 
 class Worker:
-    """What edits a container's config.json and then prepares its start: a child of the server, or a process alone."""
+    """A child of the server: it serves one caller, and where that has edited a config.json it prepares the start."""
 
     __slots__ = ("_code", "_null_streams", "_own", "_place", "_socket", "_task", "listener")
 
@@ -328,7 +308,7 @@ class Worker:
         self.listener: _socket.socket
 
     def serve(self, done: int) -> None:
-        """As a child: wait for one caller at `listener`, do what is asked, and end. `done` tells the server of it."""
+        """Wait for one caller at `listener`, do what is asked, and end. `done` tells the server of it."""
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         _be_called("nvhook-ready")
         connection = _accept(self.listener)
@@ -358,25 +338,6 @@ class Worker:
             return ""
         self._task = start, directory
         return str(os.getpid())
-
-    def stay_alone(self, start: Start, directory: str) -> str:
-        """The same for a process that becomes the low-level runtime: another one prepares, which it does not know."""
-        runtime = os.pidfd_open(os.getpid())
-        told, tell = os.pipe2(os.O_CLOEXEC)
-        _fork_twice(lambda: self._prepare_alone(start, directory, runtime, tell))
-        os.close(tell)
-        number = os.read(told, 16).decode()
-        for fd in (told, runtime):
-            os.close(fd)
-        return number
-
-    def _prepare_alone(self, start: Start, directory: str, runtime: int, tell: int) -> None:
-        os.setsid()
-        signal.alarm(_LIMIT)
-        os.write(tell, self.stay(start, directory).encode())
-        self._null_streams.take()
-        _close_others([runtime, self.listener.fileno(), *self._null_streams.descriptors()])
-        self._be_ahead(runtime)
 
     def _be_ahead(self, runtime: int) -> None:
         if not self._task:
