@@ -227,6 +227,7 @@ static bool may_ask_server(void) {
 
 struct call {
     bool edits;      /* `create` and `run` */
+    bool starts;     /* `start` */
     bool is_version; /* `--version` */
     const char *bundle;
 };
@@ -276,6 +277,7 @@ static struct call parse_arguments(char **words) {
         } else if (!strcmp(word, "create") || !strcmp(word, "run")) {
             call.edits = true;
         } else if (is_one_of(word, others)) {
+            call.starts = !strcmp(word, "start");
             break;
         }
     }
@@ -477,11 +479,13 @@ int main(int argc, char **argv) {
         printf("NVIDIA Container Runtime version %s (nvhook)\n\n", VERSION);
         fflush(stdout);
     }
-    if (needs_edit || !config.is_understood) {
-        const char *const ours[] = {call.edits ? "edit" : "pass", CONFIG, HOOK_PATH, SERVER,
+    /* Podman and CRI-O call `create` through conmon, below which no server can stay, and `start` themselves. */
+    bool leaves_server = call.starts && may_ask_server() && !unlink(SERVER "/wanted");
+    if (needs_edit || leaves_server || !config.is_understood) {
+        const char *const ours[] = {call.edits ? "edit" : leaves_server ? "start" : "pass", CONFIG, HOOK_PATH, SERVER,
                                     config.is_understood ? config.names : "", runtime ? runtime : ""};
         char **work = join(ours, sizeof ours / sizeof *ours, words);
-        struct text request = runtime && may_ask_server() ? encode(work) : (struct text){0};
+        struct text request = call.edits && runtime && may_ask_server() ? encode(work) : (struct text){0};
         int status = request.data ? ask("socket", request, false) : -1;
         if (status > 0) return status;
         if (status < 0) become_python(work);

@@ -18,12 +18,23 @@ ALL = {"NVIDIA_VISIBLE_DEVICES": "all"}
 BOTH = gpu_lines(HOST, 0, 1)
 LIST = ["/bin/sh", "-c", "nvidia-smi -L"]
 
-# In the place of Python: it notes that it was started.
-_PYTHON = """\
-#!/bin/sh
-echo >>{log}
-exec /usr/bin/python3 "$@"
-"""
+
+class Python:
+    """A program in the place of Python: it notes that it was started, whoever does it."""
+
+    def __init__(self, place: Path) -> None:
+        self.path = place / "python3"
+        self._log = place / "interpreters"
+        self._log.touch()
+        self._log.chmod(0o666)
+        self.path.write_text(f'#!/bin/sh\necho >>{self._log}\nexec /usr/bin/python3 "$@"\n')
+        self.path.chmod(0o755)
+
+    def starts(self) -> int:
+        """How often since this was asked last."""
+        count = len(self._log.read_text())
+        self._log.write_text("")
+        return count
 
 
 def wait_until(condition: Callable[[], object], seconds: float = 20) -> bool:
@@ -44,23 +55,18 @@ class Installed:
         self.wrapper = self.prefix / "bin/nvidia-container-runtime"
         self.hook = self.prefix / "bin/nvidia-container-runtime-hook"
         self.server = server_of(self.prefix)
-        self.log = place / "interpreters"
-        self.python = place / "python3"
-        self.python.write_text(_PYTHON.format(log=self.log))
-        self.python.chmod(0o755)
+        self.python = Python(place)
         self.install()
 
     def install(self) -> None:
         script = str(REPOSITORY / "scripts/install")
-        env = {**os.environ, "PYTHON": str(self.python)}
+        env = {**os.environ, "PYTHON": str(self.python.path)}
         subprocess.run([script, "install", str(self.prefix), f"{self.prefix}/etc"], check=True, env=env)
-        self.log.write_text("")
+        self.python.starts()
 
     def interpreters(self) -> int:
         """How many were started since this was asked last."""
-        count = len(self.log.read_text())
-        self.log.write_text("")
-        return count
+        return self.python.starts()
 
     def pid(self) -> int:
         """The server's process; 0 for none."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import contextlib
+import copy
 import json
 import os
 import random
@@ -533,7 +534,7 @@ import sys
 sys.path[:0] = [sys.argv[1]]
 from nvruntime import server
 server._IDLE = 0.2
-server.leave(sys.argv[2])
+print(server.leave(sys.argv[2]))
 """
 
 
@@ -588,8 +589,33 @@ while True:
 def test_none_below_a_process_that_waits_for_it(tmp_path: Path, installation: Installed) -> None:
     place = tmp_path / "server"
     command = ["/usr/bin/python3", "-c", _CONMON, *_leave(installation, place, "60")]
-    subprocess.run(command, check=True, timeout=20)
+    assert subprocess.run(command, check=True, timeout=20, stdout=subprocess.PIPE, text=True).stdout == "False\n"
     assert os.listdir(place) == ["pid"]
+
+
+def test_start_leaves_it_where_create_could_not(shop: Workshop, installation: Installed) -> None:
+    """As Podman and CRI-O call them: `create` through conmon, `start` themselves."""
+    installation.end()
+    bundle = shop.bundle().write(LIST, ALL)
+    below = copy.copy(bundle)
+    below.through += ("/usr/bin/python3", "-c", _CONMON)
+    config, output, number = shop.config(HOST), shop.new("output"), shop.new("pid")
+    words = ("create", "--pid-file", str(number), "--bundle", str(bundle.directory), bundle.id)
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        conmon = pool.submit(below.call, config, *words, wrapper=installation.wrapper, output=output)
+        try:
+            assert wait_until(lambda: number.exists() or conmon.done())
+            assert installation.pid() == 0
+            assert sorted(os.listdir(installation.server)) == ["pid", "wanted"]
+            done = bundle.call(config, "start", bundle.id, wrapper=installation.wrapper)
+            assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+            assert installation.wait()
+            assert conmon.result(20).returncode == 0  # with the container: nothing else is below it
+            assert output.read_text() == BOTH
+            assert not (installation.server / "wanted").exists()
+        finally:
+            bundle.delete()
+    assert is_served(shop, installation)
 
 
 def test_callers_below_such_a_process_are_served(shop: Workshop, installed: Installed) -> None:

@@ -2,6 +2,7 @@
 """What the launcher (../launcher.c) asks of Python: started for it, or in a child of the server (server.py).
 
     edit CONFIG HOOK SERVER CANDIDATES RUNTIME ARGUMENT ...    edit the container's config.json, then become the runtime
+    start CONFIG HOOK SERVER CANDIDATES RUNTIME ARGUMENT ...   leave the server, which `create` could not, and become it
     pass CONFIG HOOK SERVER CANDIDATES RUNTIME ARGUMENT ...    become the runtime: the launcher cannot read config.toml
     hook CONFIG ARGUMENT ...                                   nvidia-container-runtime-hook
 
@@ -28,10 +29,12 @@ def main(words: list[str]) -> None:
     status = 1
     try:
         call = parse(words)
-        if call and call.server and words[0] == "edit":
+        if call and call.server and words[0] != "pass":
             from . import server
 
-            server.leave(call.server)  # before anything of this container is in memory
+            is_left = server.leave(call.server)  # before anything of this container is in memory
+            if not is_left and words[0] == "edit":
+                server.want(call.server)
         status = run(words, call)
         if call and not status:
             status = become(call)
@@ -53,7 +56,7 @@ def parse(words: list[str]) -> Call | None:
 
 
 def run(words: list[str], call: Call | None, stay: Callable[[Start, str], str] | None = None) -> int:
-    """All but the last step of `edit` and `pass`; the exit status. `stay`: see create.edit."""
+    """All but becoming the runtime; the exit status. `stay`: see create.edit."""
     if not call:
         from nvhook import hook
 

@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """A preforked server on a Unix socket: it has loaded every module, and each of its children does one launcher's work.
 
-The first start leaves it; it ends after five idle minutes, or when other modules are installed. In its directory, which
-is root's alone, are:
+The first `create` leaves it. Podman's and CRI-O's is called by conmon, which ends after its last child; there `start`
+does, which these call themselves. The server ends after five idle minutes, or when other modules are installed. In its
+directory, which is root's alone, are:
 
     pid         held by a lock for as long as the server lives: there is one
     socket      where one child waits in accept(), the next one once that is over, or as soon as somebody else connects
     child-PID   of a child that prepares a container's start (ahead.py)
+    wanted      `create` could leave none: the next `start` is to (launcher.c)
 
 A connection is one piece of work. The child greets a caller that lives as the server does (`_identity`); the launcher
 sends its arguments, environment, current directory and standard streams, and the child runs what Python would have run
@@ -52,7 +54,7 @@ _DESCRIPTORS = 4  # current directory, stdin, stdout, stderr
 _CREDENTIALS = struct.Struct("=iII")  # struct ucred
 _SO_PEERCRED, _SO_PASSCRED, _SCM_CREDENTIALS = 17, 16, 2
 
-# Processes that inherit others and wait for none of them. Podman's and CRI-O's conmon ends after its last child.
+# Processes that inherit others and wait for none of them.
 _REAPERS = ("systemd", "init", "containerd-shim")
 _CODE = os.path.dirname(os.path.abspath(__file__))
 
@@ -64,33 +66,63 @@ class Refused(Exception):  # noqa: N818 - the caller does the work itself
 # Leaving it behind
 
 
-def leave(place: str) -> None:
-    """Start it, unless there is one, or the caller is not the machine's root; `place` is its directory."""
+def leave(place: str) -> bool:
+    """Start it, unless there is one, or the caller is not the machine's root; `place` is its directory.
+
+    False where it cannot stay: the process that inherits it would wait for its end.
+    """
     if os.geteuid() != 0 or not userns.is_first():
-        return
+        return True
     try:
         os.close(state_dir.open_directory(*os.path.split(place)))
         lock = os.open(f"{place}/pid", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            _fork_twice(lambda: _run(place, lock))
+            return _fork_twice(lambda: _run(place, lock))
         finally:
             os.close(lock)
     except OSError:
-        return  # there is one, or this file system takes none
+        return True  # there is one, or this file system takes none
 
 
-def _fork_twice(work: Callable[[], None]) -> None:
-    """So that the low-level runtime, which this process becomes, has no child that it does not know."""
-    first = os.fork()
-    if first:
-        os.waitpid(first, 0)
-        return
+def want(place: str) -> None:
+    """Let the next `start` leave it."""
     try:
-        if not os.fork():
-            work()
+        os.close(os.open(f"{place}/wanted", os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600))
+    except OSError:
+        return
+
+
+def _fork_twice(work: Callable[[], None]) -> bool:
+    """So that the low-level runtime, which this process becomes, has no child that it does not know. False, and no
+    `work`, for a process that would be waited for."""
+    told, tell = os.pipe2(os.O_CLOEXEC)
+    first = os.fork()
+    if not first:
+        try:
+            first = os.getpid()
+            if not os.fork() and _is_left_alone(first):
+                os.write(tell, b"\n")
+                work()
+        finally:
+            os._exit(0)
+    os.close(tell)
+    os.waitpid(first, 0)
+    try:
+        return bool(os.read(told, 1))
     finally:
-        os._exit(0)
+        os.close(told)
+
+
+def _is_left_alone(parent: int) -> bool:
+    """Whether the process that inherits us when the `parent` has ended, which it is about to, will not wait for us."""
+    while os.getppid() == parent:
+        time.sleep(0.001)
+    try:
+        with open(f"/proc/{os.getppid()}/comm") as file:
+            return os.getppid() == 1 or file.read().startswith(_REAPERS)
+    except OSError:
+        return False
 
 
 def _run(place: str, lock: int) -> None:
@@ -103,7 +135,7 @@ def _run(place: str, lock: int) -> None:
     null_streams.take()
     code = _version_of_code()
     _sweep(place)
-    if None in (sys.stdin, sys.stdout, sys.stderr) or not _is_inherited():  # Python has none that were closed
+    if None in (sys.stdin, sys.stdout, sys.stderr):  # Python has none that were closed
         return
     _leave_control_groups()
     listener = _listen(f"{place}/socket")  # from now on a caller waits: it is sooner served than by an interpreter
@@ -125,23 +157,6 @@ def _load() -> None:
     from nvhook import cleanup, hook, prestart  # noqa: F401
 
     from . import ahead, create, main  # noqa: F401
-
-
-def _is_inherited() -> bool:
-    """Whether the process that has inherited us does not wait for us: conmon would be there for as long as we are."""
-    own = _name_of(os.getpid())
-    end = time.monotonic() + 1
-    while (name := _name_of(os.getppid())) == own and time.monotonic() < end:
-        time.sleep(0.001)  # the process that forked us is about to end
-    return os.getppid() == 1 or name.startswith(_REAPERS)
-
-
-def _name_of(pid: int) -> str:
-    try:
-        with open(f"/proc/{pid}/comm") as file:
-            return file.read().strip()
-    except OSError:
-        return ""
 
 
 def _be_called(name: str) -> None:

@@ -52,13 +52,15 @@ def missing(programs: Iterable[str]) -> str:
     return ", ".join(name for name in programs if not shutil.which(name, path=PLACES))
 
 
-def install(prefix: Path, host: Path, state: Path, *, runtime: str = "runc", more: str = "") -> Path:
+def install(
+    prefix: Path, host: Path, state: Path, *, runtime: str = "runc", more: str = "", python: str = "/usr/bin/python3"
+) -> Path:
     """nvhook below `prefix`, with a config.toml, which is the answer, for the simulated host."""
     config = prefix / "etc/nvidia-container-runtime/config.toml"
     config.parent.mkdir(parents=True)
     configure(host, config, state, runtime=runtime, more=more)
     command = [str(REPOSITORY / "scripts/install"), "install", str(prefix), str(prefix / "etc")]
-    subprocess.run(command, check=True, capture_output=True)
+    subprocess.run(command, env={**os.environ, "PYTHON": python}, check=True, capture_output=True)
     return config
 
 
@@ -119,23 +121,30 @@ class Machine:
             log = "\n".join((self.place / "log").read_text(errors="replace").splitlines()[-30:])
             raise RuntimeError(f"{self._daemon} did not start:\n{log}")
 
+    def server(self) -> int:
+        """The process of nvhook's server (id out here); 0 for none."""
+        return next((pid for pid, name in self._everyone() if name == "nvhook-server"), 0)
+
     @property
     def _first(self) -> int:
         assert self._init, "start() comes first"
-        (first,) = _children(self._init.pid)
+        (first,) = children(self._init.pid)
         return first
 
     def processes(self) -> list[tuple[int, str]]:
         """(id out here, name) of everyone but our own two, and the two that nvhook leaves for a while."""
+        first = self._first
+        below = children(first)
+        found = [(pid, name) for pid, name in self._everyone() if name not in ("nvhook-server", "nvhook-ready")]
+        return [(pid, name) for pid, name in found if pid != first and not (pid in below and name == "cat")]
+
+    def _everyone(self) -> list[tuple[int, str]]:
         found = []
         for number in os.listdir("/proc"):
             with contextlib.suppress(OSError):
                 if number.isdecimal() and os.readlink(f"/proc/{number}/ns/pid") == self._namespace:
                     found.append((int(number), Path(f"/proc/{number}/comm").read_text().strip()))
-        first = self._first
-        below = _children(first)
-        found = [(pid, name) for pid, name in found if name not in ("nvhook-server", "nvhook-ready")]
-        return [(pid, name) for pid, name in found if pid != first and not (pid in below and name == "cat")]
+        return found
 
     def send(self, number: int) -> None:
         """A signal, to the daemon."""
@@ -171,7 +180,7 @@ class Machine:
         return left + [f"mount on the machine: {line}" for line in lines if str(self.place) in line]
 
 
-def _children(pid: int) -> list[int]:
+def children(pid: int) -> list[int]:
     return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 

@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
-from .machine import PLACES, UNIFIED, Machine, install
+from installed import Python
+
+from .machine import PLACES, UNIFIED, Machine, install, wait
 
 PROGRAMS = ("podman", "conmon", "runc", "crun", "newuidmap", "nsenter", "setpriv", "unshare")
 
@@ -33,9 +36,10 @@ class Podman:
         self.runtime = str(self.prefix / "bin/nvidia-container-runtime")
         self.hooks = str(self.prefix / "share/containers/oci/hooks.d")
         self.machine = Machine(place)
+        self.python = Python(place)
 
     def start(self) -> None:
-        install(self.prefix, self.host, self.place / "state")
+        install(self.prefix, self.host, self.place / "state", python=str(self.python.path))
         for name, line in (
             ("passwd", f"nvhook-test:x:{USER}:{USER}::/nonexistent:/bin/sh"),
             ("group", f"nvhook-test:x:{USER}:"),
@@ -59,6 +63,12 @@ class Podman:
         left += [f"noted: {path}" for path in (self.place / "state").rglob("containers/*")]
         # "podman pause" holds the user namespace of whoever is not root, for as long as the machine is there.
         return left + [line for line in self.machine.end() if line != "process: podman pause"]
+
+    def end_server(self) -> None:
+        pid = self.machine.server()
+        if pid:
+            os.kill(pid, signal.SIGKILL)
+            wait("the server has ended", lambda: not self.machine.server(), 20)
 
     def here(self, *command: str, user: int = 0) -> subprocess.CompletedProcess[str]:
         """A command in the namespaces, as this user."""

@@ -128,6 +128,29 @@ def test_life_of_a_container(podman: Podman, roads: Roads, way: str, user: int) 
         assert podman.do("exec", name, "nvidia-smi", "-L", user=user) == BOTH
 
 
+def test_server_is_left_by_the_first_container(podman: Podman, roads: Roads) -> None:
+    """By `start`: conmon ends when nobody is left below it. What comes next takes no interpreter."""
+
+    def conmons() -> list[int]:
+        return [pid for pid, name in podman.machine.processes() if name == "conmon"]
+
+    podman.end_server()
+    with podman.container(roads("runtime"), *ALL):
+        machine.wait("the server is there", lambda: podman.machine.server() != 0, 20)
+        (conmon,) = conmons()
+        assert [Path(f"/proc/{pid}/comm").read_text() for pid in machine.children(conmon)] == ["sleep\n"]
+    machine.wait("conmon ends", lambda: not conmons(), 20)
+    server = podman.machine.server()
+
+    def takes_none() -> bool:
+        podman.python.starts()
+        assert podman.run(roads("runtime"), *ALL) == BOTH
+        return podman.python.starts() == 0
+
+    assert any(takes_none() for _ in range(20))  # the server answers within 200 ms, or Python does the work
+    assert podman.machine.server() == server != 0
+
+
 def test_crun_without_cgroups(podman: Podman) -> None:
     """The container is in our own cgroup, which is not opened: what Podman may open, it may."""
     road = ("--runtime=crun", f"--hooks-dir={podman.hooks}")

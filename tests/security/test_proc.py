@@ -136,7 +136,8 @@ def test_what_can_be_left_out_is(place: Place, what: str) -> None:
         SWAPPED[what](place, "/proc")
         assert not userns.is_first()
         assert kmods.modprobe(configuration.load("/nonexistent")) == ""
-        assert server.leave(str(place.root / "server")) is None
+        assert server.leave(str(place.root / "server"))
+        assert not (place.root / "server").exists()
         server._be_called("nvhook-ahead")
         kernel.umount2("/proc", kernel.MNT_DETACH)
         assert Path("/proc/self/comm").read_text() == "nvhook-ahead\n"
