@@ -52,16 +52,18 @@ class Spec:
     annotations    key -> value
     privileged     CAP_SYS_ADMIN is in the bounding set (NVIDIA's definition)
     rootfs         absolute path of the root filesystem on the host
+    bundle         the path of the bundle; empty for a container that has none
     device_rules   linux.resources.devices, in order: the last that matches an access decides
     cdi_injected   the engine has applied a CDI specification of NVIDIA's devices: the container has them already
     """
 
-    __slots__ = ("annotations", "cdi_injected", "device_rules", "env", "mounts", "privileged", "rootfs")
+    __slots__ = ("annotations", "bundle", "cdi_injected", "device_rules", "env", "mounts", "privileged", "rootfs")
 
     def __init__(
         self,
         *,
         rootfs: str,
+        bundle: str = "",
         env: dict[str, str] | None = None,
         mounts: list[tuple[str, str]] | None = None,
         annotations: dict[str, str] | None = None,
@@ -74,6 +76,7 @@ class Spec:
         self.annotations = annotations or {}
         self.privileged = privileged
         self.rootfs = rootfs
+        self.bundle = bundle
         self.device_rules = device_rules or []
         self.cdi_injected = cdi_injected
 
@@ -183,6 +186,7 @@ def parse(config: Json, bundle: str) -> Spec:
         annotations=_strings(_object(config, "annotations", path, optional=True), path),
         privileged=privileged,
         rootfs=os.path.normpath(os.path.join(os.path.abspath(bundle), rootfs)),
+        bundle=bundle,
         device_rules=_objects(resources.get("devices"), "linux.resources.devices", path),
         cdi_injected=_has_cdi_hook(config) or _has_cdi_edits(paths, env, privileged=privileged),
     )

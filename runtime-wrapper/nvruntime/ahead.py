@@ -22,15 +22,14 @@ _LOOKUP_SECONDS = 2  # for look-ups in the image: what takes longer is left to t
 
 
 class Ahead:
-    """What is known of `start`, whose bundle is `directory`, before its container is there: the plan with its sources
-    open, or the fault that the hook is to report."""
+    """What is known of `start` before its container is there: the plan with its sources open, or the fault that the
+    hook is to report."""
 
-    __slots__ = ("_audit", "_directory", "_fault", "_start")
+    __slots__ = ("_audit", "_fault", "_start")
 
-    def __init__(self, start: Start, directory: str) -> None:
+    def __init__(self, start: Start) -> None:
         """Do what can be done for the root filesystem as it is now. The audit log is open from here on."""
         self._start = start
-        self._directory = directory
         self._fault: NvhookError | None = None
         start.warnings = []  # those of the wrapper are in its log
         self._prepare()
@@ -59,10 +58,10 @@ class Ahead:
         """The hook, with the container's state on stdin; its exit status. SpecError if it is for another container."""
         from nvhook import prestart
 
-        start = self._start
-        state = spec.read_state(0)
-        if state.id != start.id or os.path.realpath(state.bundle) != os.path.realpath(self._directory):
-            raise SpecError(f"container `{state.id}` in `{state.bundle}` is not `{start.id}` in `{self._directory}`")
+        start, state = self._start, spec.read_state(0)
+        bundle = start.spec.bundle
+        if state.id != start.id or os.path.realpath(state.bundle) != os.path.realpath(bundle):
+            raise SpecError(f"container `{state.id}` in `{state.bundle}` is not `{start.id}` in `{bundle}`")
         try:
             if self._fault:
                 raise self._fault

@@ -61,7 +61,7 @@ class Call:
         self.arguments = arguments
 
 
-def main(call: Call, stay: Callable[[Start, str], str] | None = None) -> int:
+def main(call: Call, stay: Callable[[Start], str] | None = None) -> int:
     """Edit the container's config.json: 0, or 1 with the error on stderr and in the runtime's log. `stay`: see edit."""
     warnings: list[str] = []
     log = Log(call.arguments)
@@ -125,13 +125,13 @@ def _look_up(call: Call, config: Config) -> None:
 
 
 def edit(
-    call: Call, config: Config, warnings: list[str], trail: Audit, stay: Callable[[Start, str], str] | None = None
+    call: Call, config: Config, warnings: list[str], trail: Audit, stay: Callable[[Start], str] | None = None
 ) -> Start | None:
     """Change the config.json of the bundle that `call` names; None, and nothing changed, if its container asks for no
     GPUs.
 
-    `stay` is given by a process that can prepare the start while the low-level runtime makes the container. It takes
-    the start and the bundle's path, and returns the number by which the hook finds that process, or nothing.
+    `stay` is given by a process that can prepare the start while the low-level runtime makes the container. It returns
+    the number by which the hook finds that process, or nothing.
     """
     directory = bundle.directory(call.arguments)
     document, status = spec.read_config(directory)
@@ -150,7 +150,7 @@ def edit(
     start.made = kmods.make_nodes(config, nodes, warnings, start.id)
     try:
         _add_rules(document, start, nodes)
-        _add_hooks(document, start, call.hook, stay(start, directory) if stay else "")
+        _add_hooks(document, start, call.hook, stay(start) if stay else "")
         bundle.write(directory, document, status)
     except BaseException:
         start.take_back()

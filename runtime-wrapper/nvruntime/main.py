@@ -55,7 +55,7 @@ def parse(words: list[str]) -> Call | None:
     return Call(hook, chosen or config_path, bool(chosen), server, candidates, runtime, arguments)
 
 
-def run(words: list[str], call: Call | None, stay: Callable[[Start, str], str] | None = None) -> int:
+def run(words: list[str], call: Call | None, stay: Callable[[Start], str] | None = None) -> int:
     """All but becoming the runtime; the exit status. `stay`: see create.edit."""
     if not call:
         from nvhook import hook

@@ -51,7 +51,7 @@ from nvhook.offers import Offers
 from nvhook.report import GpuReport, InstanceReport, Report
 from nvhook.requirements import Facts
 from nvhook.selection import Selection
-from nvruntime import bundle, server
+from nvruntime import bundle, caller
 from security import mutations
 from simhost import cachewriter, elfwriter
 from simhost.description import SimhostError, load
@@ -864,8 +864,8 @@ _REQUEST = (
 
 @_target(mutations.damaged([_REQUEST], [b"\0", b"\xff" * 4, b"=", b"edit\0"]))
 def server_request(data: bytes) -> None:
-    with contextlib.suppress(server.Refused):
-        words, variables, umask = server.parse(data)
+    with contextlib.suppress(caller.Refused):
+        words, variables, umask = caller.parse(data)
         assert words
         assert umask <= 0o777
         assert len(words) + len(variables) <= data.count(b"\0")

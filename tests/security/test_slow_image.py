@@ -273,7 +273,7 @@ def test_what_is_done_ahead_leaves_a_slow_image_to_the_hook(tmp_path: Path, monk
     start.gpus, start.chosen = Gpus("550.1", [], {}, (0, 0, 0)), Selection([], [])
     start.offers = Offers(start.gpus)
     monkeypatch.setattr(inventory, "load", lambda *_, **__: Driver("550.1", [], [], []))
-    prepared = ahead.Ahead(start, "/bundle")
+    prepared = ahead.Ahead(start)
     assert (start.edits, prepared._fault) == ([], None)
 
 
