@@ -11,10 +11,12 @@
  * separated by colons), CONFIG (config.toml), HOOK_PATH, SERVER (the server's directory; empty for none), VERSION.
  */
 #define _GNU_SOURCE
+#include <ctype.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <poll.h>
 #include <signal.h>
+#include <stdarg.h>
 #include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
@@ -74,6 +76,16 @@ static void *allocate(size_t size) {
     return memory;
 }
 
+/* As printf() would write it. Nothing that is allocated here is freed: this process soon becomes another. */
+__attribute__((format(printf, 1, 2))) static char *format(const char *form, ...) {
+    char *made;
+    va_list values;
+    va_start(values, form);
+    if (vasprintf(&made, form, values) < 0) die("allocate", "memory", strerror(errno));
+    va_end(values);
+    return made;
+}
+
 /* A vector of `count` words with `more` behind it, up to its NULL. */
 static char **join(const char *const *words, size_t count, char **more) {
     size_t length = 0;
@@ -106,9 +118,8 @@ static void read_proc(const char *path, char *content, size_t size) {
 
 /* The letter that the kernel has for it: R runs or waits for a processor, T is stopped, X is over. */
 static char state_of(pid_t pid) {
-    char path[32], content[512];
-    snprintf(path, sizeof path, "/proc/%d/stat", (int)pid);
-    read_proc(path, content, sizeof content);
+    char content[512];
+    read_proc(format("/proc/%d/stat", (int)pid), content, sizeof content);
     const char *name_end = strrchr(content, ')');
     return name_end && strlen(name_end) > 2 ? name_end[2] : 'X';
 }
@@ -119,11 +130,10 @@ static bool is_stopped(pid_t pid) {
 
 /* Whether a server that has not answered waits for a processor, or one of its children: Python would have to as well. */
 static bool is_starved(pid_t server) {
-    char path[64], content[4096];
+    char content[4096];
     if (is_stopped(server)) return false;
     if (state_of(server) == 'R') return true;
-    snprintf(path, sizeof path, "/proc/%d/task/%d/children", (int)server, (int)server);
-    read_proc(path, content, sizeof content);
+    read_proc(format("/proc/%d/task/%d/children", (int)server, (int)server), content, sizeof content);
     for (char *number = strtok(content, " "); number; number = strtok(NULL, " "))
         if (state_of((pid_t)strtol(number, NULL, 10)) == 'R') return true;
     return false;
@@ -342,23 +352,23 @@ static bool names_annotations(const char *text) {
 }
 
 struct config {
-    char *names;          /* candidates for the low-level runtime, separated by colons */
-    bool is_understood;   /* else Python has to read it, which knows all of TOML */
+    const char *names;    /* candidates for the low-level runtime, separated by colons; NULL: Python reads it, which knows TOML */
     bool words_are_known; /* else a request may be made of any word: swarm-resource and annotation-prefixes name some */
 };
 
-/* `runtimes` in the table [nvidia-container-runtime] of config.toml, for commands that cannot wait for an interpreter. */
+static const struct config usual = {"runc:crun", true}, unknown = {NULL, false};
+
+/* `runtimes` in the table [nvidia-container-runtime] of config.toml, for commands that cannot wait for an interpreter.
+ * It is in `content` that the names are kept. */
 static struct config parse_config(struct text content) {
-    struct config config = {.names = strdup("runc:crun"), .is_understood = true, .words_are_known = true};
-    const struct config unknown = {0};
+    struct config config = usual;
     bool in_table = false;
-    if (!config.names || strlen(content.data) != content.size || strstr(content.data, "\"\"\"") ||
-        strstr(content.data, "'''"))
+    if (strlen(content.data) != content.size || strstr(content.data, "\"\"\"") || strstr(content.data, "'''"))
         return unknown; /* a line of such a string looks like any other */
     for (char *line = content.data, *next; line; line = next) {
         next = strchr(line, '\n');
         if (next) *next++ = '\0';
-        const char *text = skip_blanks(line);
+        char *text = line + strspn(line, " \t");
         if (*text == '[') {
             in_table = starts_with(text, "[nvidia-container-runtime]");
             if (strchr(" \t\"'", text[1])) return unknown;
@@ -369,9 +379,8 @@ static struct config parse_config(struct text content) {
         } else if (starts_with(text, "nvidia-container-runtime") && strchr(". \t=", text[24])) {
             return unknown;
         } else if (in_table && starts_with(text, "runtimes") && strchr(" \t=", text[8])) {
-            free(config.names);
-            config.names = allocate(strlen(text));
-            if (!parse_names(text + 8, config.names)) return unknown;
+            if (!parse_names(text + 8, text)) return unknown;
+            config.names = text;
             in_table = false; /* a second line of that name is no TOML */
         }
     }
@@ -380,57 +389,33 @@ static struct config parse_config(struct text content) {
 
 static struct config read_config(void) {
     const char *path = getenv("NVHOOK_CONFIG");
-    const struct config plain = {.names = "runc:crun", .is_understood = true, .words_are_known = true};
     if (!path || !*path) path = CONFIG;
-    char former[strlen(path) + sizeof ".before-nvhook"];
-    stpcpy(stpcpy(former, path), ".before-nvhook"); /* it is there while a package is being installed over it */
+    const char *former = format("%s.before-nvhook", path); /* it is there while a package is being installed over it */
     if (!access(former, F_OK)) path = former;
-    if (access(path, R_OK)) return plain;
+    if (access(path, R_OK)) return usual;
     struct text content = read_file(path, MAX_CONFIG);
-    return content.data ? parse_config(content) : (struct config){0};
+    return content.data ? parse_config(content) : unknown;
 }
 
-static int digit(char character) {
-    const char *digits = "0123456789abcdef", *found = character ? strchr(digits, character | ' ') : NULL;
-    return found ? (int)(found - digits) : -1;
-}
-
-/* Replace the JSON escapes that can stand in for an ASCII character, in place. */
-static void unescape(struct text *content) {
-    char *to = memchr(content->data, '\\', content->size), *end = content->data + content->size;
-    if (!to) return;
-    for (char *from = to; from < end;) {
-        if (*from != '\\' || end - from < 2) {
-            *to++ = *from++;
-        } else if (from[1] == '/') {
-            *to++ = '/';
-            from += 2;
-        } else if (from[1] == 'u' && end - from >= 6 && from[2] == '0' && from[3] == '0' && digit(from[4]) >= 0 &&
-                   digit(from[4]) < 8 && digit(from[5]) >= 0) {
-            *to++ = (char)(digit(from[4]) << 4 | digit(from[5]));
-            from += 6;
-        } else {
-            *to++ = *from++;
-            *to++ = *from++;
-        }
-    }
-    content->size = (size_t)(to - content->data);
-}
-
-/* Whether a config.json holds a word of a request. */
-static bool holds_request(struct text content) {
+/* Whether a config.json may hold a word of a request. Where printable characters are escaped, Python is to read it; not
+ * for < > & alone, which Go's encoder escapes, and with it most engines: they are in none of the words. */
+static bool may_hold_request(struct text content) {
     static const char *const words[] = {"NVIDIA_", "CUDA_VERSION", "nvidia-container-devices", "cdi.k8s.io"};
-    unescape(&content);
+    static const char *const usual_codes[] = {"3c", "3C", "3e", "3E", "26", NULL};
     for (size_t i = 0; i < sizeof words / sizeof *words; i++)
         if (memmem(content.data, content.size, words[i], strlen(words[i]))) return true;
+    const char *end = content.data + content.size, *at = content.data;
+    for (; (at = memchr(at, '\\', (size_t)(end - at))) && end - at >= 6; at += 2) { /* or it is \\ */
+        const char code[] = {at[4], at[5], '\0'};
+        bool is_printable = !memcmp(at, "\\u00", 4) && strspn(code, "234567") && isxdigit((unsigned char)code[1]);
+        if (is_printable && !is_one_of(code, usual_codes)) return true;
+    }
     return false;
 }
 
 static bool may_request(const char *bundle) {
-    char path[strlen(bundle) + sizeof "/config.json"];
-    stpcpy(stpcpy(path, bundle), "/config.json");
-    struct text content = read_file(path, PTRDIFF_MAX);
-    return !content.data || holds_request(content);
+    struct text content = read_file(format("%s/config.json", bundle), PTRDIFF_MAX);
+    return !content.data || may_hold_request(content);
 }
 
 static bool is_program(const char *path) {
@@ -438,33 +423,19 @@ static bool is_program(const char *path) {
     return !stat(path, &status) && S_ISREG(status.st_mode) && !access(path, X_OK);
 }
 
-/* The next part of `*list`, which colons separate, into `part`; false after the last. */
-static bool next_part(const char **list, char *part) {
-    if (!**list) return false;
-    size_t length = strcspn(*list, ":");
-    memcpy(part, *list, length);
-    part[length] = '\0';
-    *list += length + ((*list)[length] == ':');
-    return true;
-}
-
 /* The first of `names` that is there: a path as it is, a name on PATH and then in the usual places. NULL for none. */
 static char *look_up(const char *names) {
     const char *path = getenv("PATH");
-    const char *const lists[] = {path ? path : "", "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"};
-    size_t longest = strlen(lists[0]) > strlen(lists[1]) ? strlen(lists[0]) : strlen(lists[1]);
-    char *name = allocate(strlen(names) + 1), *directory = allocate(longest + 1);
-    char *program = allocate(strlen(names) + longest + 2);
-    while (next_part(&names, name)) {
+    const char *all = format("%s:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", path ? path : "");
+    for (char *name, *left = format("%s", names); (name = strsep(&left, ":"));) {
         if (strchr(name, '/')) {
             if (is_program(name)) return name;
             continue;
         }
-        for (int i = 0; i < 2; i++)
-            for (const char *list = lists[i]; next_part(&list, directory);) {
-                stpcpy(stpcpy(stpcpy(program, directory), "/"), name);
-                if (is_program(program)) return program;
-            }
+        for (char *directory, *places = format("%s", all); (directory = strsep(&places, ":"));) {
+            char *program = format("%s/%s", directory, name);
+            if (is_program(program)) return program;
+        }
     }
     return NULL;
 }
@@ -473,7 +444,7 @@ int main(int argc, char **argv) {
     char **words = argv + (argc > 0);
     struct call call = parse_arguments(words);
     struct config config = read_config();
-    char *runtime = config.is_understood ? look_up(config.names) : NULL;
+    char *runtime = config.names ? look_up(config.names) : NULL;
     bool needs_edit = call.edits && (!runtime || !config.words_are_known || may_request(call.bundle));
     if (call.is_version) {
         printf("NVIDIA Container Runtime version %s (nvhook)\n\n", VERSION);
@@ -481,9 +452,9 @@ int main(int argc, char **argv) {
     }
     /* Podman and CRI-O call `create` through conmon, below which no server can stay, and `start` themselves. */
     bool leaves_server = call.starts && may_ask_server() && !unlink(SERVER "/wanted");
-    if (needs_edit || leaves_server || !config.is_understood) {
+    if (needs_edit || leaves_server || !config.names) {
         const char *const ours[] = {call.edits ? "edit" : leaves_server ? "start" : "pass", CONFIG, HOOK_PATH, SERVER,
-                                    config.is_understood ? config.names : "", runtime ? runtime : ""};
+                                    config.names ? config.names : "", runtime ? runtime : ""};
         char **work = join(ours, sizeof ours / sizeof *ours, words);
         struct text request = call.edits && runtime && may_ask_server() ? encode(work) : (struct text){0};
         int status = request.data ? ask("socket", request, false) : -1;
@@ -518,11 +489,9 @@ static bool keep_state(void) {
 
 /* `--child PID` in front: the process that has prepared for this container (nvruntime/ahead.py). It is asked first. */
 int main(int argc, char **argv) {
-    char **words = argv + (argc > 0), *end;
-    long child = 0;
+    char **words = argv + (argc > 0), *child = NULL;
     if (words[0] && words[1] && !strcmp(words[0], "--child")) {
-        child = strtol(words[1], &end, 10);
-        if (*end || child <= 1 || child > INT32_MAX) child = 0;
+        child = words[1];
         words += 2;
     }
     const char *const ours[] = {"hook", CONFIG};
@@ -530,11 +499,10 @@ int main(int argc, char **argv) {
     /* Without the wrapper (dockerd's --gpus) the control group of the caller counts, which the server has not. */
     bool is_after_wrapper = words[0] && (!strcmp(words[0], "--no-audit") || !strcmp(argv[argc - 1], "poststop"));
     if (is_after_wrapper && may_ask_server() && keep_state()) {
-        char name[32];
         struct text request = encode(work);
         int status = -1;
-        snprintf(name, sizeof name, "child-%ld", child);
-        if (request.data && child) status = ask(name, request, true);
+        if (request.data && child && !child[strspn(child, "0123456789")])
+            status = ask(format("child-%s", child), request, true);
         if (request.data && status < 0) {
             lseek(0, 0, SEEK_SET);
             status = ask("socket", request, false);

@@ -23,22 +23,14 @@ static struct text copy_of(const char *data, size_t size, size_t more) {
 static void answer_config(const char *data, size_t size, FILE *out) {
     struct text content = copy_of(data, size, 1);
     struct config config = parse_config(content);
-    if (config.is_understood) {
-        char *part = allocate(strlen(config.names) + 1);
-        const char *list = config.names;
-        while (next_part(&list, part)) {
-        }
-        free(part);
-    }
-    if (out && config.is_understood) fprintf(out, "%d %s\n", config.words_are_known, config.names);
-    if (out && !config.is_understood) fprintf(out, "?\n");
-    if (config.is_understood) free(config.names);
+    if (out && config.names) fprintf(out, "%d %s\n", config.words_are_known, config.names);
+    if (out && !config.names) fprintf(out, "?\n");
     free(content.data);
 }
 
 static void answer_json(const char *data, size_t size, FILE *out) {
     struct text content = copy_of(data, size, 0);
-    bool holds = holds_request(content);
+    bool holds = may_hold_request(content);
     if (out) fprintf(out, "%d\n", holds);
     free(content.data);
 }
