@@ -2,7 +2,7 @@
 """What the launcher (../launcher.c) asks of Python: started for it, or in a child of the server (server.py).
 
     edit CONFIG HOOK SERVER CANDIDATES RUNTIME ARGUMENT ...    edit the container's config.json, then become the runtime
-    start CONFIG HOOK SERVER CANDIDATES RUNTIME ARGUMENT ...   leave the server, which `create` could not, and become it
+    start CONFIG HOOK SERVER CANDIDATES RUNTIME ARGUMENT ...   leave a server, as `create` could not; become the runtime
     pass CONFIG HOOK SERVER CANDIDATES RUNTIME ARGUMENT ...    become the runtime: the launcher cannot read config.toml
     hook CONFIG ARGUMENT ...                                   nvidia-container-runtime-hook
 
@@ -65,7 +65,7 @@ def run(words: list[str], call: Call | None, stay: Callable[[Start], str] | None
 
     if words[0] == "edit":
         return create.main(call, stay)
-    return create.find_runtime(call)
+    return 0 if call.runtime else create.find_runtime(call)
 
 
 def become(call: Call) -> int:
