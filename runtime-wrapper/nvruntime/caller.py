@@ -13,6 +13,8 @@ import select
 import struct
 import sys
 
+import nvhook
+import nvruntime
 from nvhook.linux.child import readable
 
 _BACKLOG = 64
@@ -24,6 +26,12 @@ _MAX_REQUEST = 1 << 17
 _DESCRIPTORS = 4  # current directory, stdin, stdout, stderr
 _CREDENTIALS = struct.Struct("=iII")  # struct ucred
 _SO_PEERCRED, _SO_PASSCRED, _SCM_CREDENTIALS = 17, 16, 2
+
+
+# Where our modules are.
+_CORE = nvhook.__path__[0]
+_DIRECTORIES = [*nvruntime.__path__, _CORE]
+_DIRECTORIES += [entry.path for entry in os.scandir(_CORE) if entry.is_dir() and entry.name != "__pycache__"]
 
 
 class Refused(Exception):  # noqa: N818 - the caller does the work itself
@@ -57,7 +65,7 @@ class Caller:
         self._null = self._directory = self._pid = self.process = -1
 
     def receive(self, own: list[object]) -> list[str]:
-        """The words of main.run; this process has the caller's directory, streams, environment and umask then.
+        """The words of call.parse; this process has the caller's directory, streams, environment and umask then.
 
         Refused for one that does not live as we do, which is `own`, or would load other modules: our work would not be
         what it would do itself.
@@ -150,10 +158,8 @@ def identity(pid: str) -> list[object]:
 
 def version_of_modules() -> list[tuple[int, int]]:
     """Of the directories that they are in, which an upgrade replaces or changes; empty if these are gone."""
-    own = os.path.dirname(os.path.abspath(__file__))
-    library = os.path.dirname(own)
     try:
-        found = [os.stat(path) for path in (own, f"{library}/nvhook", f"{library}/nvhook/linux")]
+        found = [os.stat(path) for path in _DIRECTORIES]
     except OSError:
         return []
     return [(status.st_ino, status.st_mtime_ns) for status in found]

@@ -26,39 +26,9 @@ if TYPE_CHECKING:
     from nvhook.spec import Json
     from nvhook.start import Start
 
+    from .call import Call
+
 _PROGRAM = "nvidia-container-runtime"
-
-
-class Call:
-    """One call of the wrapper.
-
-    hook          absolute path of nvidia-container-runtime-hook
-    config_path   config.toml, which need not be there unless it `must_exist`
-    server        directory of the server (server.py); empty for none
-    candidates    names and paths of low-level runtimes, separated by colons; empty: those of config.toml
-    runtime       the first of them that is there; empty if none is, or if `candidates` is
-    arguments     runc's command line
-    """
-
-    __slots__ = ("arguments", "candidates", "config_path", "hook", "must_exist", "runtime", "server")
-
-    def __init__(
-        self,
-        hook: str,
-        config_path: str,
-        must_exist: bool,
-        server: str,
-        candidates: str,
-        runtime: str,
-        arguments: list[str],
-    ) -> None:
-        self.hook = hook
-        self.config_path = config_path
-        self.must_exist = must_exist
-        self.server = server
-        self.candidates = candidates
-        self.runtime = runtime
-        self.arguments = arguments
 
 
 def main(call: Call, stay: Callable[[Start], str] | None = None) -> int:

@@ -1,27 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the launcher (../launcher.c) asks of Python: started for it, or in a child of the server (server.py).
-
-    edit CONFIG HOOK SERVER CANDIDATES RUNTIME ARGUMENT ...    edit the container's config.json, then become the runtime
-    start CONFIG HOOK SERVER CANDIDATES RUNTIME ARGUMENT ...   leave a server, as `create` could not; become the runtime
-    pass CONFIG HOOK SERVER CANDIDATES RUNTIME ARGUMENT ...    become the runtime: the launcher cannot read config.toml
-    hook CONFIG ARGUMENT ...                                   nvidia-container-runtime-hook
-
-CANDIDATES and RUNTIME are empty where Python is to read config.toml for them; RUNTIME alone is where none was found.
-`run` is what both ways have in common.
-"""
+"""A Python that the launcher has started, because no server answered: it does what it is asked to (call.py) by itself,
+and leaves a server for those that come after."""
 
 from __future__ import annotations
 
 import os
 import sys
 
+from . import work
+from .call import parse
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from nvhook.start import Start
-
-    from .create import Call
+    from .call import Call
 
 
 def main(words: list[str]) -> None:
@@ -35,37 +26,13 @@ def main(words: list[str]) -> None:
             is_left = server.leave(call.server)  # before anything of this container is in memory
             if not is_left and words[0] == "edit":
                 server.want(call.server)
-        status = run(words, call)
+        status = work.run(words, call)
         if call and not status:
             status = become(call)
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
     os._exit(status)  # taking the interpreter down in order costs a millisecond, and nothing is open
-
-
-def parse(words: list[str]) -> Call | None:
-    """None for the hook, which has no runtime to become."""
-    if words[0] == "hook":
-        return None
-    from .create import Call
-
-    _, config_path, hook, server, candidates, runtime, *arguments = words
-    chosen = os.environ.get("NVHOOK_CONFIG")
-    return Call(hook, chosen or config_path, bool(chosen), server, candidates, runtime, arguments)
-
-
-def run(words: list[str], call: Call | None, stay: Callable[[Start], str] | None = None) -> int:
-    """All but becoming the runtime; the exit status. `stay`: see create.edit."""
-    if not call:
-        from nvhook import hook
-
-        return hook.main(words[2:], words[1])
-    from . import create
-
-    if words[0] == "edit":
-        return create.main(call, stay)
-    return 0 if call.runtime else create.find_runtime(call)
 
 
 def become(call: Call) -> int:

@@ -12,7 +12,7 @@ from nvhook import container_dir
 from nvhook.linux import kernel
 from nvhook.linux.child import readable
 
-from . import ahead, main
+from . import ahead, call, work
 from .caller import Caller, Refused, listen, remove
 
 TYPE_CHECKING = False
@@ -42,7 +42,7 @@ class Worker:
         signal.alarm(_LIMIT)
         self._listener.close()
         words = caller.receive(self._own)
-        status = main.run(words, main.parse(words), self._stay)
+        status = work.run(words, call.parse(words), self._stay)
         caller.answer(status)
         if self._start and not status:
             self._be_ahead(self._start, caller.process)
