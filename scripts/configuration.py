@@ -12,7 +12,7 @@ from typing import Any
 
 sys.path[:0] = [str(Path(__file__).resolve().parent.parent / "hook")]
 
-from nvhook.commands.configure import configcheck  # noqa: E402
+from nvhook.commands.config import check as configcheck  # noqa: E402
 
 _HEAD = """\
 # Configuration

@@ -20,7 +20,7 @@ sys.path[:0] = [str(REPOSITORY / "hook")]
 from argparse_manpage.manpage import Manpage  # noqa: E402
 
 from nvhook import cli  # noqa: E402
-from nvhook.commands.configure import configcheck  # noqa: E402
+from nvhook.commands.config import check as configcheck  # noqa: E402
 from nvhook.commands.containercli import options as containeroptions  # noqa: E402
 from nvhook.version import VERSION  # noqa: E402
 

@@ -14,7 +14,8 @@ from pathlib import Path
 import pynvml
 import pytest
 
-from nvhook import config, inventory
+from nvhook.driver import inventory
+from nvhook.request import config
 
 REPOSITORY = Path(__file__).parent.parent
 HOOK = REPOSITORY / "hook/nvhook"
@@ -29,11 +30,12 @@ def _sources(*directories: Path) -> list[Path]:
     return [path for path in found if not set(SKIPPED) & set(path.parts)]
 
 
-def _imports(path: Path) -> Iterator[str]:
-    """Full names of the modules that a file imports anywhere in it, those for the type checker alone left out."""
+def _imports(path: Path, *, types: bool = False) -> Iterator[str]:
+    """Full names of the modules that a file imports anywhere in it; with `types` those for the type checker too."""
     room = HOOK.parent if path.is_relative_to(HOOK) else WRAPPER.parent
     package = list(path.parent.relative_to(room).parts)
-    for node in _walk(ast.parse(path.read_text())):
+    tree = ast.parse(path.read_text())
+    for node in ast.walk(tree) if types else _walk(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -57,7 +59,6 @@ def _ids(paths: list[Path]) -> list[str]:
 
 PROGRAM = _sources(HOOK, WRAPPER)
 CORE = _sources(HOOK)
-LINUX = _sources(HOOK / "linux")
 
 
 # Arrows
@@ -68,10 +69,37 @@ def test_core_does_not_import_the_wrapper(path: Path) -> None:
     assert not [name for name in _imports(path) if name.split(".")[0] == "nvruntime"]
 
 
-@pytest.mark.parametrize("path", LINUX, ids=_ids(LINUX))
-def test_linux_imports_nothing_of_ours(path: Path) -> None:
-    names = [name for name in _imports(path) if name.split(".")[0] in OURS]
-    assert not [name for name in names if not f"{name}.".startswith("nvhook.linux.")]
+# Each imports those before it, and nothing of those after it (docs/architecture.md). Types for the checker count too.
+ORDER = (
+    *("linux", "formats", "version", "errors", "request", "host", "audit", "driver", "container"),
+    *("plan", "start", "prestart", "cdihook", "hook", "commands", "cli"),
+)
+
+
+def _room(module: str) -> str:
+    """`host` for nvhook.host.gpus; empty for what is not ours."""
+    return f"{module}..".split(".")[1] if module.startswith("nvhook.") else ""
+
+
+@pytest.mark.parametrize("path", CORE, ids=_ids(CORE))
+def test_imports_go_one_way(path: Path) -> None:
+    own = _room(".".join(path.relative_to(HOOK.parent).with_suffix("").parts))
+    if own not in ORDER:
+        assert path == HOOK / "__init__.py"
+        return
+    rooms = {_room(name) for name in _imports(path, types=True)} - {""}
+    assert {room for room in rooms if ORDER.index(room) > ORDER.index(own)} == set()
+    assert own not in ("linux", "formats") or rooms <= {own}
+
+
+def test_no_circle() -> None:
+    names = {".".join(path.relative_to(HOOK.parent).with_suffix("").parts): path for path in CORE}
+    names |= {".".join(path.relative_to(WRAPPER.parent).with_suffix("").parts): path for path in _sources(WRAPPER)}
+    arrows = {name: set(_imports(path, types=True)) & names.keys() - {name} for name, path in names.items()}
+    while arrows:
+        free = {name for name, targets in arrows.items() if not targets & arrows.keys()}
+        assert free, sorted(arrows)
+        arrows = {name: targets for name, targets in arrows.items() if name not in free}
 
 
 def test_plan_is_pure() -> None:
@@ -94,7 +122,7 @@ def test_every_module_is_looked_at() -> None:
     """The tests above pass over what they do not find."""
     assert {"nvhook", "commands", "doctor", "linux", "nvruntime"} <= {path.parent.name for path in PROGRAM}
     assert "nvhook.linux.kernel" in set(_imports(HOOK / "linux/root.py"))
-    assert "nvhook.spec" in set(_imports(WRAPPER / "create.py"))
+    assert "nvhook.request.spec" in set(_imports(WRAPPER / "create.py"))
 
 
 # Files
@@ -192,10 +220,15 @@ def _bundle(directory: Path, *env: str) -> str:
 
 def test_road_of_the_wrapper_without_a_request(tmp_path: Path) -> None:
     loaded = _loaded(_WRAPPER_ROAD, "/nonexistent/config.toml", _bundle(tmp_path))
-    assert {"nvhook.quickjson", "nvhook.config", "nvhook.request", "nvhook.spec"} <= loaded
+    assert {
+        "nvhook.formats.quickjson",
+        "nvhook.request.config",
+        "nvhook.request.request",
+        "nvhook.request.spec",
+    } <= loaded
     assert not loaded & HEAVY
     assert not {name for name in loaded if name.startswith("nvhook.linux")}
-    assert not loaded & {"nvhook.gpus", "nvhook.plan", "nvhook.edits", "nvhook.driver"}
+    assert not loaded & {"nvhook.host.gpus", "nvhook.plan", "nvhook.container.edits", "nvhook.driver.records"}
 
 
 def test_road_of_the_wrapper_costs_little_else_than_ours(tmp_path: Path) -> None:
@@ -211,13 +244,14 @@ def test_road_of_the_wrapper_with_a_request(proc: Path) -> None:
     settings = proc / "config.toml"
     settings.write_text(f"[nvhook]\nproc-root = '{proc}'\n")
     loaded = _loaded(_WRAPPER_ROAD, str(settings), _bundle(proc, "NVIDIA_VISIBLE_DEVICES=all"))
-    assert {"nvhook.gpus", "nvhook.plan"} <= loaded
-    assert not loaded & {*HEAVY, "nvhook.driver", "nvhook.nvml", "nvhook.inventory"}
+    assert {"nvhook.host.gpus", "nvhook.plan"} <= loaded
+    assert not loaded & {*HEAVY, "nvhook.driver.records", "nvhook.driver.nvml", "nvhook.driver.inventory"}
 
 
 _HOOK_ROAD = """
-from nvhook import audit, config, prestart, spec
-from nvhook import request
+from nvhook import audit, prestart
+from nvhook.request import config, spec
+from nvhook.request import request
 from nvhook.linux.root import DIRECTORY, Root
 from nvhook.start import Start
 described = spec.parse(spec.read_config(sys.argv[3])[0], sys.argv[3])
@@ -250,9 +284,9 @@ def test_road_of_the_hook_with_an_inventory(simhost: Callable[[str], Path], tmp_
     settings.write_text(text.replace(f"{host}/run", f"{tmp_path}/run"))
     inventory.load(config.load(str(settings)), "580.159.04", [])
     loaded = _loaded(_HOOK_ROAD, str(settings), _bundle(tmp_path, "NVIDIA_VISIBLE_DEVICES=all"))
-    assert {"nvhook.driver", "nvhook.plan", "nvhook.linux.kernel"} <= loaded
+    assert {"nvhook.driver.records", "nvhook.plan", "nvhook.linux.kernel"} <= loaded
     assert not loaded & HEAVY
-    assert not loaded & {"nvhook.discovery", "nvhook.nvml"}
+    assert not loaded & {"nvhook.driver.discovery", "nvhook.driver.nvml"}
 
 
 @pytest.mark.root
@@ -268,7 +302,7 @@ def test_road_of_the_hook_that_asks_nvml(simhost: Callable[[str], Path], tmp_pat
     road = packages + _HOOK_ROAD.replace("names()", "print(open('/proc/self/maps').read()); names()")
     for _ in range(2):
         loaded = _loaded(road, str(settings), bundle)
-        assert {"nvhook.nvml", "nvhook.linux.confine"} <= loaded
+        assert {"nvhook.driver.nvml", "nvhook.linux.confine"} <= loaded
         assert not loaded & {"pynvml", "jsonschema", "argparse", "subprocess", "logging", "pathlib"}
         assert not [name for name in loaded if "libnvidia-ml" in name]
         assert (tmp_path / "run/nvml.json").exists()

@@ -17,11 +17,12 @@ import pytest
 
 from containers import HOOK, WRAPPER, Workshop, configure
 from installed import Installed
-from nvhook import audit, config, request, spec
+from nvhook import audit
 from nvhook.errors import RequestError
-from nvhook.gpus import Gpu
-from nvhook.mig import MigDevice
-from nvhook.selection import Selection
+from nvhook.host.gpus import Gpu
+from nvhook.host.mig import MigDevice
+from nvhook.host.selection import Selection
+from nvhook.request import config, request, spec
 
 GPUS = [Gpu(0, 1, "GPU-aa", "0000:07:00.0", ""), Gpu(2, 0, "GPU-bb", "0000:0f:00.0", "")]
 ALL = {"NVIDIA_VISIBLE_DEVICES": "all"}

@@ -16,10 +16,10 @@ import yaml
 
 import docpages
 from containers import HOOK, REPOSITORY, configure
-from nvhook import config
 from nvhook.cli import main
 from nvhook.commands.cdi import files as cdifiles
 from nvhook.commands.cdi import specification as cdispec
+from nvhook.request import config
 
 pytestmark = pytest.mark.root  # simulated hosts have device nodes
 

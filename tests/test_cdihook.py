@@ -16,9 +16,11 @@ import pytest
 
 import cdi_engine
 from containers import HOOK, REPOSITORY, TRY, WRAPPER, Bundle, Workshop, gpu_lines, tree
-from nvhook import cdihook, config, gpus
+from nvhook import cdihook
 from nvhook.commands.cdi import specification as cdispec
 from nvhook.errors import SpecError
+from nvhook.host import gpus
+from nvhook.request import config
 from test_journey_mig import SHOW_PROC
 
 A100, MIG, WORKSTATION = "a100x2", "a100x8", "workstation"
@@ -333,5 +335,13 @@ def test_road_loads_nothing_dear(tmp_path: Path) -> None:
     done = subprocess.run(command, input=json.dumps(state), capture_output=True, text=True, check=False)
     assert "has no mount namespace of its own" in done.stderr
     loaded = set(done.stdout.split())
-    assert {"nvhook.cdihook", "nvhook.edits"} <= loaded
-    assert not loaded & {"argparse", "json", "re", "pathlib", "subprocess", "nvhook.discovery", "nvhook.nvml"}
+    assert {"nvhook.cdihook", "nvhook.container.edits"} <= loaded
+    assert not loaded & {
+        "argparse",
+        "json",
+        "re",
+        "pathlib",
+        "subprocess",
+        "nvhook.driver.discovery",
+        "nvhook.driver.nvml",
+    }

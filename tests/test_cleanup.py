@@ -18,11 +18,11 @@ from typing import Any
 
 import pytest
 
-from nvhook import cleanup, container_dir
-from nvhook.container import Container
+from nvhook.container import cleanup, container_dir
+from nvhook.container.container import Container
 from nvhook.linux import identity, kernel
 from nvhook.linux.root import DIRECTORY, Root
-from nvhook.spec import State
+from nvhook.request.spec import State
 
 pytestmark = pytest.mark.usefixtures("closed_descriptors")
 NAME = "a-container"

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from nvhook import config
-from nvhook.config import Config
 from nvhook.errors import ConfigError
+from nvhook.request import config
+from nvhook.request.config import Config
 
 SHIPPED = Path(__file__).parent.parent / "etc/config.toml"
 COMPAT_MODE = "nvidia-container-runtime.modes.legacy.cuda-compat-mode"

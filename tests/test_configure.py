@@ -16,9 +16,10 @@ from typing import Any
 
 import pytest
 
-from nvhook import cli, config, request, spec
+from nvhook import cli
 from nvhook.commands.configure.documents import Document, Json, Toml
 from nvhook.errors import ConfigError
+from nvhook.request import config, request, spec
 
 if sys.version_info >= (3, 11):
     import tomllib

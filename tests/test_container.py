@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from nvhook import container as containers
-from nvhook.container import find, here, layout
+from nvhook.container import container as containers
+from nvhook.container.container import find, here, layout
 from nvhook.errors import ContainerError
 from nvhook.linux import kernel, mountinfo
 from nvhook.linux.root import DIRECTORY, Root

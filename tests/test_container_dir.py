@@ -15,11 +15,11 @@ from typing import Any
 import pytest
 
 import test_cleanup
-from nvhook import cleanup, container_dir, root_lock
+from nvhook.container import cleanup, container_dir, root_lock
 from nvhook.errors import ContainerError, SpecError
 from nvhook.linux import identity
 from nvhook.linux.root import DIRECTORY
-from nvhook.spec import State
+from nvhook.request.spec import State
 from test_cleanup import container
 
 pytestmark = [pytest.mark.root, pytest.mark.usefixtures("closed_descriptors")]
@@ -188,7 +188,7 @@ def test_sweep_leaves_what_lives_and_what_can_be_cleaned_up(
 _HOLD = """
 import sys, time
 sys.path[:0] = [sys.argv[1]]
-from nvhook import container_dir, root_lock
+from nvhook.container import container_dir, root_lock
 from nvhook.linux.identity import Identity
 with root_lock.Lock(container_dir.Containers(sys.argv[2]), Identity(*map(eval, sys.argv[3:]))):
     print("held", flush=True)

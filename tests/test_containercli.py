@@ -711,7 +711,7 @@ _LISTENING = """\
 import sys
 sys.path[:0] = [{hook!r}]
 sys.path.append({packages!r})
-from nvhook import container
+from nvhook.container import container
 from nvhook.commands.containercli.command import main
 
 entered = []

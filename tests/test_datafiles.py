@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from nvhook import datafiles
-from nvhook.driver import File
+from nvhook.driver import datafiles
+from nvhook.driver.records import File
 from nvhook.linux.root import DIRECTORY, Root
 
 V = "580.1.2"

@@ -28,7 +28,7 @@ RUN_BY = {
     "engines.md": "tests/test_docs.py",
     "explain.md": "tests/test_explain.py",
     "info.md": "tests/test_info.py",
-    "list.md": "tests/test_listing.py",
+    "list.md": "tests/test_list.py",
     "migration.md": "tests/test_docs.py",
     "nvidia-container-cli.md": "tests/test_containercli.py",
     "plan.md": "tests/test_docs.py",

@@ -25,12 +25,12 @@ import pytest
 
 import containers
 import docpages
-from nvhook import config as configuration
-from nvhook import inventory
 from nvhook.commands.configure.engines import ENGINES
 from nvhook.commands.doctor import checks_engines, findings
 from nvhook.commands.doctor import command as doctor
-from nvhook.commands.doctor.examined import Host
+from nvhook.commands.hostview import Host
+from nvhook.driver import inventory
+from nvhook.request import config as configuration
 from patients import Patient
 from simhost import description
 

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from nvhook import config as configuration
-from nvhook import dri, host
-from nvhook.config import Config
-from nvhook.gpus import Gpu, Gpus
-from nvhook.request import Request
-from nvhook.selection import Selection
+from nvhook.host import dri, host
+from nvhook.host.gpus import Gpu, Gpus
+from nvhook.host.selection import Selection
+from nvhook.request import config as configuration
+from nvhook.request.config import Config
+from nvhook.request.request import Request
 
 FIRST = Gpu(0, 0, "GPU-aa", "0000:07:00.0", "")
 SECOND = Gpu(1, 1, "GPU-bb", "0000:c1:00.0", "")

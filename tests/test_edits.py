@@ -17,13 +17,14 @@ from pathlib import Path
 
 import pytest
 
-from nvhook import config, edits
-from nvhook.container import Container
-from nvhook.edits import Device, Edit, File, Mount, Symlink, Tmpfs
+from nvhook.container import edits
+from nvhook.container.container import Container
+from nvhook.container.edits import Device, Edit, File, Mount, Symlink, Tmpfs
+from nvhook.container.linkercache import Ldcache
 from nvhook.errors import MountError, NvhookError
-from nvhook.linkercache import Ldcache
 from nvhook.linux import kernel, ldcache, tmpfs
 from nvhook.linux.root import DIRECTORY, Root
+from nvhook.request import config
 from simhost import cachewriter
 
 pytestmark = pytest.mark.root

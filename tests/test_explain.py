@@ -17,9 +17,9 @@ import docpages
 from conftest import cannot
 from containers import REPOSITORY, TRIPLET, Bundle, any_cgroups, cgroups, make_image
 from nvhook import cli
-from nvhook import config as configuration
 from nvhook.commands.explain import reasons
-from nvhook.spec import Spec
+from nvhook.request import config as configuration
+from nvhook.request.spec import Spec
 from simhost import elfwriter
 from simhost.compiler import native_machine
 from test_locate import ANSWERS, engine

@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from nvhook import config as configuration
-from nvhook import features, request
-from nvhook.config import Config
+from nvhook.host import features
+from nvhook.request import config as configuration
+from nvhook.request import request
+from nvhook.request.config import Config
 
 NODES = {
     "nvidia-fs0": (511, 0),

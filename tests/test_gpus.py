@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from nvhook import gpus, selection
 from nvhook.errors import DeviceError
-from nvhook.gpus import Gpu, Gpus
-from nvhook.report import Report
+from nvhook.host import gpus, selection
+from nvhook.host.gpus import Gpu, Gpus
+from nvhook.host.report import Report
 
 # The fixture `proc` (conftest.py) is a host with two GPUs: 0000:07:00.0 with minor 1, 0000:41:00.0 with minor 0.
 

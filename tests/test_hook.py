@@ -16,7 +16,8 @@ _STATE = '{"ociVersion": "1.0.2", "id": "name", "pid": 0, "bundle": "/bundle"}'
 _LISTENING_HOOK = """
 import sys
 sys.path[:0] = [sys.argv[1]]
-from nvhook import cleanup, hook
+from nvhook.container import cleanup
+from nvhook import hook
 cleanup.poststop = lambda *_: print(open("/proc/self/status").read())
 sys.exit(hook.main(["--state-dir", sys.argv[2], "poststop"], "/nowhere"))
 """

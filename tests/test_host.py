@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 
 from conftest import DEVICES
-from nvhook import config, host
-from nvhook.config import Config
 from nvhook.errors import DeviceError, DriverError
-from nvhook.gpus import Gpus
+from nvhook.host import host
+from nvhook.host.gpus import Gpus
+from nvhook.request import config
+from nvhook.request.config import Config
 
 
 def _asked(capabilities: str = "compute utility") -> tuple[str, ...]:

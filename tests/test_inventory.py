@@ -16,12 +16,13 @@ from typing import Any
 import pytest
 
 from conftest import HOSTS
-from nvhook import config as configuration
-from nvhook import gpus, inventory
-from nvhook.config import Config
-from nvhook.driver import Driver
+from nvhook.driver import inventory
+from nvhook.driver.records import Driver
 from nvhook.errors import DriverError
-from nvhook.report import Report
+from nvhook.host import gpus
+from nvhook.host.report import Report
+from nvhook.request import config as configuration
+from nvhook.request.config import Config
 from simhost import cachewriter, elfwriter
 from simhost.build import build
 from simhost.compiler import native_machine
@@ -699,7 +700,8 @@ def test_inventory_no_place_for_it(place: Place) -> None:
 
 _IN_A_FULL_PLACE = """
 import json, os, sys
-from nvhook import config, inventory
+from nvhook.request import config
+from nvhook.driver import inventory
 settings = config.load(sys.argv[1])
 warnings = []
 found = inventory.load(settings, sys.argv[2], warnings)

@@ -11,11 +11,12 @@ from typing import Any
 import pytest
 
 from conftest import HOSTS
-from nvhook import config as configuration
-from nvhook import gpus, inventory
 from nvhook.commands.info import live
 from nvhook.commands.info.live import Now, Sample
+from nvhook.driver import inventory
 from nvhook.errors import DriverError
+from nvhook.host import gpus
+from nvhook.request import config as configuration
 from simhost.build import build
 
 A100 = json.loads((HOSTS / "a100x2-debian12.json").read_text())

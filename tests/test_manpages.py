@@ -15,7 +15,7 @@ import pytest
 
 from containers import REPOSITORY
 from nvhook import cli
-from nvhook.commands.configure import configcheck
+from nvhook.commands.config import check as configcheck
 
 PAGES = ("nvhook-config.toml.5", "nvhook.1", "nvidia-container-cli.1", "nvidia-container-runtime.8")
 

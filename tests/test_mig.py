@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from nvhook import device_list, gpus, mig, selection
 from nvhook.errors import DeviceError
-from nvhook.gpus import Gpu, Gpus
-from nvhook.report import GpuReport, InstanceReport, Report
+from nvhook.host import gpus, mig, selection
+from nvhook.host.gpus import Gpu, Gpus
+from nvhook.host.report import GpuReport, InstanceReport, Report
+from nvhook.request import device_list
 
 # Minors that are not the indices. GPU 0 has two GPU instances, the second divided; 1 has one; 2 none; 3 no MIG.
 FIRST = Gpu(0, 2, "GPU-aa", "0000:07:00.0", "")

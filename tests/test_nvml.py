@@ -19,11 +19,12 @@ import pynvml
 import pytest
 
 from conftest import HOSTS
-from nvhook import config as configuration
-from nvhook import gpus, inventory, nvml
-from nvhook.config import Config
+from nvhook.driver import inventory, nvml
 from nvhook.errors import ConfigError, DriverError
+from nvhook.host import gpus
 from nvhook.linux import kernel
+from nvhook.request import config as configuration
+from nvhook.request.config import Config
 from simhost.build import build
 
 A100 = json.loads((HOSTS / "a100x2-debian12.json").read_text())
@@ -140,7 +141,9 @@ def test_ask_changes_no_mount_of_the_host(simhost: Callable[[str], Path]) -> Non
 
 _ASK = """
 import json, sys
-from nvhook import config, errors, nvml
+from nvhook.request import config
+from nvhook import errors
+from nvhook.driver import nvml
 try:
     print(json.dumps(nvml.ask(config.load(sys.argv[1]), sys.argv[2]).describe()))
 except errors.NvhookError as error:

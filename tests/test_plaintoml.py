@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from conftest import HOSTS
-from nvhook import plaintoml
+from nvhook.formats import plaintoml
 
 if sys.version_info >= (3, 11):
     import tomllib

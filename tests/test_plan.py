@@ -13,17 +13,17 @@ from typing import Any
 import pytest
 
 from nvhook import cli, plan
-from nvhook.container import Layout
-from nvhook.dri import DriNode
-from nvhook.driver import Binary, Driver, File, Library
-from nvhook.edits import Mount
+from nvhook.container.container import Layout
+from nvhook.container.edits import Mount
+from nvhook.driver.records import Binary, Driver, File, Library
 from nvhook.errors import DeviceError, DriverError
-from nvhook.gpus import Gpu, Gpus
-from nvhook.offers import HostFile, HostNode, Offers
-from nvhook.procfs import DriverProc
-from nvhook.request import Request
-from nvhook.selection import Selection
-from nvhook.sockets import Socket
+from nvhook.host.dri import DriNode
+from nvhook.host.gpus import Gpu, Gpus
+from nvhook.host.offers import HostFile, HostNode, Offers
+from nvhook.host.procfs import DriverProc
+from nvhook.host.selection import Selection
+from nvhook.host.sockets import Socket
+from nvhook.request.request import Request
 
 # A driver of a few files, made by hand
 

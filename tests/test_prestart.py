@@ -18,7 +18,8 @@ import sys
 
 sys.path[:0] = [{hook!r}]
 sys.path.append({packages!r})
-from nvhook import container, hook
+from nvhook.container import container
+from nvhook import hook
 
 entered = []
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from nvhook import procfs
 from nvhook.errors import DeviceError
+from nvhook.host import procfs
 
 
 def _read(proc: Path) -> dict[str, str]:

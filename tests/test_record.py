@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import pytest
 
-from nvhook.record import Record
+from nvhook.formats.record import Record
 
 
 class Point(Record):

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from nvhook import config, request, spec
 from nvhook.errors import RequestError
-from nvhook.request import Request
+from nvhook.request import config, request, spec
+from nvhook.request.request import Request
 
 DEVICES = "NVIDIA_VISIBLE_DEVICES"
 CAPABILITIES = "NVIDIA_DRIVER_CAPABILITIES"

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nvhook.errors import RequirementError
-from nvhook.requirements import Facts, are_sure, check, facts_of
+from nvhook.request.requirements import Facts, are_sure, check, facts_of
 
 HOST = Facts(cuda="12.2", driver="535.54.03", arch="9.0", brand="tesla")
 

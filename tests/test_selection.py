@@ -14,10 +14,10 @@ import pytest
 
 from conftest import HOSTS
 from containers import Bundle, configure, make_image
-from nvhook import config as configuration
-from nvhook import gpus, selection
 from nvhook.errors import DeviceError, NvhookError
-from nvhook.request import Request
+from nvhook.host import gpus, selection
+from nvhook.request import config as configuration
+from nvhook.request.request import Request
 from nvhook.start import reporter
 from simhost.build import build
 

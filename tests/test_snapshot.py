@@ -15,7 +15,7 @@ import pytest
 
 from containers import configure
 from nvhook.cli import main
-from nvhook.commands.doctor import snapshot
+from nvhook.commands.snapshot import command as snapshot
 from simhost import description
 from simhost.build import build
 

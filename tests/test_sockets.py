@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from nvhook import sockets
+from nvhook.host import sockets
 
 pytestmark = pytest.mark.root
 

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from nvhook import spec
 from nvhook.errors import SpecError
-from nvhook.spec import Spec, State
+from nvhook.request import spec
+from nvhook.request.spec import Spec, State
 
 MINIMAL: dict[str, Any] = {"process": {}, "root": {"path": "rootfs"}}
 

@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 
 from containers import COMPILE, HOOK, WRAPPER
-from nvhook import config as configuration
-from nvhook import spec
 from nvhook.errors import SpecError
+from nvhook.request import config as configuration
+from nvhook.request import spec
 from nvhook.version import VERSION
 from nvruntime import bundle
 

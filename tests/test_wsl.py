@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from nvhook import wsl, wsl_driver
-from nvhook.config import CAPABILITIES
-from nvhook.driver import Driver
+from nvhook.driver import wsl_driver
+from nvhook.driver.records import Driver
 from nvhook.errors import DriverError
+from nvhook.host import wsl
+from nvhook.request.config import CAPABILITIES
 from simhost import elfwriter
 from simhost.compiler import native_machine
 

@@ -10,18 +10,18 @@ from __future__ import annotations
 
 import os
 
-from . import quickjson
 from .errors import MAX_LINE, one_line
-from .request import origin as origin_of
+from .formats import quickjson
+from .request.request import origin as origin_of
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
-    from .config import Config
-    from .request import Request
-    from .selection import Selection
-    from .spec import Spec
+    from .host.selection import Selection
+    from .request.config import Config
+    from .request.request import Request
+    from .request.spec import Spec
 
 _AUTHPRIV = 10 << 3
 _SEVERITIES = {"error": 3, "warning": 4, "info": 6}

@@ -15,23 +15,25 @@ from __future__ import annotations
 import os
 import sys
 
-from . import audit, caps, host, mig, plan, prestart, spec
-from . import config as configuration
-from . import container as containers
-from . import edits as editing
-from .edits import Symlink
+from . import audit, plan, prestart
+from .container import container as containers
+from .container import edits as editing
+from .container.edits import Symlink
+from .container.linkercache import Ldcache
 from .errors import DeviceError, NvhookError, SpecError
-from .linkercache import Ldcache
-from .request import Request
-from .selection import Selection
+from .host import cap_nodes, host, mig
+from .host.selection import Selection
+from .request import config as configuration
+from .request import spec
+from .request.request import Request
 from .start import Start
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from .config import Config
-    from .container import Container
-    from .gpus import Gpus
-    from .spec import Json
+    from .container.container import Container
+    from .host.gpus import Gpus
+    from .request.config import Config
+    from .request.spec import Json
 
 _BITS = {"--library": 64, "--library32": 32}
 
@@ -121,7 +123,7 @@ def chosen(nodes: set[str], config: Config, gpus: Gpus) -> Selection:
     there = [gpu for gpu in gpus.gpus if f"/dev/nvidia{gpu.minor}" in nodes]
     migs = []
     for item in [item for item in mig.every(gpus) if item.gpu in there]:
-        rights, _ = caps.of_instances(config, [item], gpus)
+        rights, _ = cap_nodes.of_instances(config, [item], gpus)
         if rights and all(node.path in nodes for node in rights):
             migs.append(item)
     return Selection(there, migs)

@@ -8,15 +8,15 @@ import argparse
 import os
 import sys
 
-from .commands import completion, devchar, plan, refresh
+from .commands import completion, create_dev_char_symlinks, plan, refresh
+from .commands import list as listing
 from .commands.cdi import command as cdi
+from .commands.config import check as configcheck
 from .commands.configure import command as configure
-from .commands.configure import configcheck
 from .commands.doctor import command as doctor
-from .commands.doctor import snapshot
 from .commands.explain import command as explain
 from .commands.info import command as info
-from .commands.info import listing
+from .commands.snapshot import command as snapshot
 from .errors import NvhookError, one_line
 from .version import VERSION
 
@@ -29,7 +29,7 @@ _COMMANDS = (
     snapshot,
     cdi,
     refresh,
-    devchar,
+    create_dev_char_symlinks,
     configure,
     configcheck,
     completion,

@@ -3,7 +3,7 @@
 
     prestart    the main job (prestart.py)
     cdi         what an engine cannot do that injects by CDI (cdihook.py)
-    poststart   keep what was made on the host for it (kmods.py)
+    poststart   keep what was made on the host for it (modules.py)
     poststop    take away what it left in the root filesystem (cleanup.py), and on the host if it never ran
 
 Each stage imports what it needs: an interpreter at the end of a container costs its user nothing but time.
@@ -17,8 +17,8 @@ from .errors import NvhookError, one_line
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from .config import Config
-    from .kmods import Made
+    from .host.modules import Made
+    from .request.config import Config
 
 _USAGE = """\
 usage: nvidia-container-runtime-hook [--config FILE] [--no-audit] prestart
@@ -91,7 +91,8 @@ def _parse(arguments: list[str]) -> tuple[str, dict[str, str]]:
 
 
 def _prestart(options: dict[str, str], default_config: str, warnings: list[str]) -> None:
-    from . import audit, config, prestart
+    from . import audit, prestart
+    from .request import config
 
     settings = config.load(options.get("config", default_config), must_exist="config" in options)
     warnings += settings.warnings
@@ -105,7 +106,7 @@ def _prestart(options: dict[str, str], default_config: str, warnings: list[str])
 
 def _poststart(options: dict[str, str], default_config: str, warnings: list[str]) -> None:
     """The container runs, and a fault of ours is no reason to end it."""
-    from . import config, spec
+    from .request import config, spec
 
     try:
         settings = config.load(options.get("config", default_config), must_exist="config" in options)
@@ -118,19 +119,20 @@ def _poststart(options: dict[str, str], default_config: str, warnings: list[str]
 
 def _made(settings: Config, state: bytes) -> Made | None:
     """What the start of the container of `state` has made on the host that is still provisional."""
-    from . import kmods, spec
+    from .host import modules
+    from .request import spec
 
-    return kmods.made_by(settings, spec.parse_state(state, is_alive=False).id)
+    return modules.made_by(settings, spec.parse_state(state, is_alive=False).id)
 
 
 def _poststop(options: dict[str, str], default_config: str, warnings: list[str]) -> None:
-    from . import spec
+    from .request import spec
 
     directory = options.get("state-dir", "")
     try:
         state = spec.read_stdin(sys.stdin.fileno())
         if not directory:
-            from . import config  # only where no wrapper has said it
+            from .request import config  # only where no wrapper has said it
 
             settings = config.load(options.get("config", default_config), must_exist="config" in options)
             directory = settings.state_dir
@@ -147,8 +149,9 @@ def poststop(state_dir: str, state: bytes, warnings: list[str]) -> None:
 
     A fault here is told and changes nothing: the container is over, and NVIDIA's hook does nothing at all.
     """
-    from . import cleanup, spec
+    from .container import cleanup
     from .linux import kernel
+    from .request import spec
 
     kernel.keep_capabilities(kernel.CAP_CHOWN, kernel.CAP_DAC_OVERRIDE, kernel.CAP_FOWNER)
     try:

@@ -8,22 +8,22 @@ list is in place. Two runs on one host give the same list.
 
 from __future__ import annotations
 
-from .edits import Device, Edit, File, Mount, Symlink, Tmpfs
+from .container.edits import Device, Edit, File, Mount, Symlink, Tmpfs
+from .container.linkercache import Ldcache
 from .errors import DeviceError, DriverError
-from .linkercache import Ldcache
-from .procfs import DIRECTORY as PROC
+from .host.procfs import DIRECTORY as PROC
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from .container import Layout
-    from .driver import Driver, Library
-    from .gpus import Gpu
-    from .offers import HostFile, Offers
-    from .procfs import DriverProc
-    from .request import Request
-    from .selection import Selection
+    from .container.container import Layout
+    from .driver.records import Driver, Library
+    from .host.gpus import Gpu
+    from .host.offers import HostFile, Offers
+    from .host.procfs import DriverProc
+    from .host.selection import Selection
+    from .request.request import Request
 
 # The GPU major is fixed by the kernel's list of devices, and so are these two minors of it by the driver.
 _MAJOR = 195

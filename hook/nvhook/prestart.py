@@ -11,11 +11,13 @@ from __future__ import annotations
 
 import sys
 
-from . import cleanup, fitness, kmods, linkercache, request, root_lock, spec
-from . import container as containers
-from . import edits as editing
-from . import gpus as gpus_of_host
+from .container import cleanup, image_check, linkercache, root_lock
+from .container import container as containers
+from .container import edits as editing
 from .errors import ContainerError, DriverError, SpecError, reason
+from .host import gpus as gpus_of_host
+from .host import modules
+from .request import request, spec
 from .start import Start
 
 TYPE_CHECKING = False
@@ -23,13 +25,13 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from .audit import Audit
-    from .config import Config
-    from .container import Container
-    from .container_dir import ContainerDirectory
-    from .edits import Device
+    from .container.container import Container
+    from .container.container_dir import ContainerDirectory
+    from .container.edits import Device
     from .linux.cgroups import Rule
     from .linux.root import Root
-    from .spec import State
+    from .request.config import Config
+    from .request.spec import State
 
 
 def prestart(config: Config, warnings: list[str], audit: Audit) -> None:
@@ -67,11 +69,11 @@ def prepare(start: Start, root: Root) -> None:
     try:
         for again in (False, True):
             start.draw(root, again=again)
-            start.made = kmods.make_nodes(start.config, start.nodes(), start.warnings, start.id)
+            start.made = modules.make_nodes(start.config, start.nodes(), start.warnings, start.id)
             try:
                 for edit in start.edits:
                     edit.prepare(start.config, root)
-                fitness.check(start.config, start.request, start.driver, root, start.layout, start.warnings)
+                image_check.check(start.config, start.request, start.driver, root, start.layout, start.warnings)
                 _expect_same_driver(start)
                 return
             except editing.SourceGone as gone:

@@ -9,30 +9,30 @@ to apply it (prestart.py).
 
 from __future__ import annotations
 
-from . import host, selection
+from .host import host, selection
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from .config import Config
-    from .container import Layout
-    from .driver import Driver
-    from .edits import Device, Edit
-    from .gpus import Gpus
-    from .kmods import Made
+    from .container.container import Layout
+    from .container.edits import Device, Edit
+    from .driver.records import Driver
+    from .host.gpus import Gpus
+    from .host.mig import Reporter
+    from .host.modules import Made
+    from .host.offers import Offers
+    from .host.report import Report
+    from .host.selection import Selection
     from .linux.root import Root
-    from .mig import Reporter
-    from .offers import Offers
-    from .report import Report
-    from .request import Request
-    from .selection import Selection
-    from .spec import Spec
+    from .request.config import Config
+    from .request.request import Request
+    from .request.spec import Spec
 
 
 def reporter(config: Config, gpus: Gpus, warnings: list[str], *, keep: bool = True) -> Reporter:
     """What NVML tells of `gpus`, for when somebody needs it. `keep` as in inventory.py."""
 
     def report(again: bool) -> Report:
-        from . import inventory  # and all that NVML brings, for the few containers that need it
+        from .driver import inventory  # and all that NVML brings, for the few containers that need it
 
         return inventory.report(config, gpus, None, warnings, again=again, keep=keep)
 
@@ -108,7 +108,8 @@ class Start:
     def draw(self, root: Root, *, again: bool = False) -> None:
         """Read the driver, and make the plan for the image at `root`; nothing of it is done. `again`: the inventory of
         the driver's files is not to be believed. DeviceError, DriverError, ContainerError."""
-        from . import inventory, plan  # the wrapper does without
+        from . import plan
+        from .driver import inventory  # the wrapper does without
 
         config, request, keep = self.config, self.request, not self.is_preview
         self.driver = inventory.load(config, self.gpus.driver_version, self.warnings, again=again, keep=keep)
@@ -119,16 +120,16 @@ class Start:
 
     def layout_of(self, root: Root, warnings: list[str]) -> Layout:
         """Where the image at `root` keeps things. ContainerError where finding that out takes too long."""
-        from . import compat, container
+        from .container import container, cuda_compat
 
         layout = container.layout(root)
         version, brands = self.gpus.driver_version, self.chosen.brands
-        layout.compat = compat.find(self.config, self.request.capabilities, root, version, brands, warnings)
+        layout.compat = cuda_compat.find(self.config, self.request.capabilities, root, version, brands, warnings)
         return layout
 
     def nodes(self) -> list[Device]:
         """The device nodes of the plan."""
-        from .edits import Device
+        from .container.edits import Device
 
         return [edit for edit in self.edits if isinstance(edit, Device)]
 

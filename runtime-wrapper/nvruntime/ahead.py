@@ -11,8 +11,9 @@ from __future__ import annotations
 import os
 import sys
 
-from nvhook import audit, spec
+from nvhook import audit
 from nvhook.errors import NvhookError, SpecError, one_line
+from nvhook.request import spec
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

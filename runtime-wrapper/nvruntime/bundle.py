@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import os
 
-from nvhook import quickjson
 from nvhook.errors import SpecError, reason
-from nvhook.spec import HOOK_NAMES
+from nvhook.formats import quickjson
+from nvhook.request.spec import HOOK_NAMES
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from nvhook.spec import Json
+    from nvhook.request.spec import Json
 
 
 def directory(arguments: list[str]) -> str:

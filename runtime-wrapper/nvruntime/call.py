@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import os
 
-from nvhook.record import Record
+from nvhook.formats.record import Record
 
 
 class Call(Record):

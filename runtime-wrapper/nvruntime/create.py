@@ -10,9 +10,10 @@ from __future__ import annotations
 import os
 import sys
 
-from nvhook import audit, request, spec
-from nvhook import config as configuration
+from nvhook import audit
 from nvhook.errors import NvhookError, RuntimeLookupError
+from nvhook.request import config as configuration
+from nvhook.request import request, spec
 
 from . import bundle
 
@@ -21,9 +22,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from nvhook.audit import Audit
-    from nvhook.config import Config
-    from nvhook.edits import Device
-    from nvhook.spec import Json
+    from nvhook.container.edits import Device
+    from nvhook.request.config import Config
+    from nvhook.request.spec import Json
     from nvhook.start import Start
 
     from .call import Call
@@ -59,9 +60,9 @@ def main(call: Call, stay: Callable[[Start], str] | None = None) -> int:
 
 def take_back(config: Config, start: str) -> None:
     """What was made on the host for a container that is not started."""
-    from nvhook import kmods
+    from nvhook.host import modules
 
-    made = kmods.made_by(config, start)
+    made = modules.made_by(config, start)
     if made:
         made.take_back()
 
@@ -111,13 +112,14 @@ def edit(
     trail.begin(asked, warnings[known:])
     if asked is None:
         return None
-    from nvhook import kmods, plan  # only for a container that asks
+    from nvhook import plan
+    from nvhook.host import modules  # only for a container that asks
     from nvhook.start import Start
 
     start = Start(config, described, asked, call.arguments[-1], warnings)
     start.choose()
     nodes = plan.devices(asked.capabilities, start.chosen.gpus, start.offers)
-    start.made = kmods.make_nodes(config, nodes, warnings, start.id)
+    start.made = modules.make_nodes(config, nodes, warnings, start.id)
     try:
         _add_rules(document, start, nodes)
         _add_hooks(document, start, call.hook, stay(start) if stay else "")

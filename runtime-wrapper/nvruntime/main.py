@@ -40,8 +40,8 @@ def become(call: Call) -> int:
     try:
         os.execv(call.runtime, [call.runtime, *call.arguments])
     except OSError as error:
-        from nvhook import config as configuration
         from nvhook.errors import reason
+        from nvhook.request import config as configuration
 
         from . import create
 

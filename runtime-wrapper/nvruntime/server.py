@@ -26,8 +26,7 @@ import signal
 import sys
 import time
 
-from nvhook import state_dir
-from nvhook.linux import kernel, memory, mountinfo, userns
+from nvhook.linux import kernel, memory, mountinfo, trusted_dir, userns
 from nvhook.linux.child import readable
 
 from . import caller
@@ -54,7 +53,7 @@ def leave(place: str) -> bool:
     if os.geteuid() != 0 or not userns.is_first():
         return True
     try:
-        os.close(state_dir.open_directory(*os.path.split(place)))
+        os.close(trusted_dir.open_directory(*os.path.split(place)))
         lock = os.open(f"{place}/pid", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -136,7 +135,7 @@ def _run(place: str, lock: int) -> None:
 
 def _load() -> None:
     """All that a container may need, so that no child has to."""
-    from nvhook import cleanup, hook, prestart  # noqa: F401
+    from nvhook.container import cleanup  # noqa: F401
 
     from . import worker  # noqa: F401
 

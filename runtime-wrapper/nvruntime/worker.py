@@ -8,7 +8,7 @@ import _socket
 import os
 import signal
 
-from nvhook import container_dir
+from nvhook.container import container_dir
 from nvhook.linux import kernel
 from nvhook.linux.child import readable
 

@@ -19,14 +19,15 @@ from pathlib import Path
 
 import containers
 from containers import TRIPLET, tree
-from nvhook import config, prestart, request, spec
-from nvhook import container as container_module
-from nvhook import edits as editing
-from nvhook.container import Container
-from nvhook.edits import Edit
+from nvhook import prestart
+from nvhook.container import container as container_module
+from nvhook.container import edits as editing
+from nvhook.container.container import Container
+from nvhook.container.edits import Edit
 from nvhook.errors import NvhookError
 from nvhook.linux import kernel, mountinfo
 from nvhook.linux.root import DIRECTORY, Root
+from nvhook.request import config, request, spec
 from nvhook.start import Start
 from simhost import cachewriter
 

@@ -21,36 +21,25 @@ from typing import Any
 from hypothesis import strategies as st
 
 from conftest import DEVICES, HOSTS, VERSION_LINE
-from nvhook import (
-    audit,
-    cleanup,
-    compat,
-    errors,
-    gpus,
-    host,
-    inventory,
-    nvml,
-    plaintoml,
-    plan,
-    procfs,
-    quickjson,
-    request,
-    requirements,
-    selection,
-    spec,
-)
-from nvhook import config as configuration
+from nvhook import audit, errors, plan
 from nvhook.commands.cdi import files as cdifiles
-from nvhook.commands.configure import configcheck, documents
-from nvhook.container import Layout
+from nvhook.commands.config import check as configcheck
+from nvhook.commands.configure import documents
+from nvhook.container import cleanup, cuda_compat
+from nvhook.container.container import Layout
+from nvhook.driver import inventory, nvml
 from nvhook.errors import NvhookError
-from nvhook.gpus import Gpu, Gpus
+from nvhook.formats import plaintoml, quickjson
+from nvhook.host import gpus, host, procfs, selection
+from nvhook.host.gpus import Gpu, Gpus
+from nvhook.host.offers import Offers
+from nvhook.host.report import GpuReport, InstanceReport, Report
+from nvhook.host.selection import Selection
 from nvhook.linux import cgroups, devprog, elf, identity, ldcache, ldmerge, mountinfo, symver
 from nvhook.linux.root import DIRECTORY, Root
-from nvhook.offers import Offers
-from nvhook.report import GpuReport, InstanceReport, Report
-from nvhook.requirements import Facts
-from nvhook.selection import Selection
+from nvhook.request import config as configuration
+from nvhook.request import request, requirements, spec
+from nvhook.request.requirements import Facts
 from nvruntime import bundle, caller
 from security import mutations
 from simhost import cachewriter, elfwriter
@@ -495,7 +484,7 @@ def compat_directory(names: set[str]) -> None:
             (directory / name.replace("/", "-")).touch()
     root = Root(os.open(_place() / "image", DIRECTORY))
     try:
-        compat.find(configuration.load("/nonexistent"), ("compute",), root, "550.54.14", set, [])
+        cuda_compat.find(configuration.load("/nonexistent"), ("compute",), root, "550.54.14", set, [])
     finally:
         os.close(root.fd)
 
@@ -567,7 +556,7 @@ def proc_files(value: tuple[dict[str, str], list[str], list[str]]) -> None:
             os.makedev(node.major, node.minor)
         root = Root(os.open(_place() / "host", DIRECTORY))
         try:
-            compat.find(config, asked.capabilities, root, found.driver_version, chosen.brands, [])
+            cuda_compat.find(config, asked.capabilities, root, found.driver_version, chosen.brands, [])
         finally:
             os.close(root.fd)
 

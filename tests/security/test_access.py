@@ -16,9 +16,9 @@ import pytest
 
 import containers
 from containers import HOOK, TRY, Workshop
-from nvhook import spec
 from nvhook.linux import cgroups, kernel
 from nvhook.linux.cgroups import Rule
+from nvhook.request import spec
 from security import hostile
 from test_cgroups import MAJOR, ONLY_NULL, Place, with_v1, with_v2
 

@@ -17,7 +17,7 @@ import pytest
 import containers
 from conftest import cannot
 from containers import HOOK, REPOSITORY, Bundle, Workshop, gpu_lines
-from nvhook import spec
+from nvhook.request import spec
 
 pytestmark = pytest.mark.root
 
@@ -85,7 +85,7 @@ def _at(traps: Path, *groups: dict[str, str]) -> dict[str, str]:
 class Trace:
     """What strace saw of our processes: `opened` everything, `programs` what they became, `late` what was opened by a
     path from `/` in the container's mount namespace, before the tree was all there is to see. `searched` are
-    directories below a root that names were looked up in (LD_LIBRARY_PATH, fitness.py), and nothing was read of."""
+    directories below a root that names were looked up in (LD_LIBRARY_PATH, image_check.py), and nothing was read of."""
 
     def __init__(self, directory: Path) -> None:
         self.opened: list[str] = []

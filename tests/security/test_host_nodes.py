@@ -16,10 +16,10 @@ import pytest
 
 from containers import HOOK, Workshop
 from installed import Installed
-from nvhook import config as configuration
-from nvhook import kmods
-from nvhook.config import Config
-from nvhook.edits import Device
+from nvhook.container.edits import Device
+from nvhook.host import modules
+from nvhook.request import config as configuration
+from nvhook.request.config import Config
 
 pytestmark = pytest.mark.root
 CHANNELS = "NVIDIA_IMEX_CHANNELS"
@@ -157,7 +157,7 @@ def test_hook_without_the_wrapper(host: Host, damage: Callable[[Path], object] |
     assert ("nvidia-caps-imex-channels/channel3" in host.added()) == (damage is None)
     if damage:
         assert host.added() == set()
-    assert kmods.made_by(configuration.load(str(host.config)), bundle.id) is None
+    assert modules.made_by(configuration.load(str(host.config)), bundle.id) is None
 
 
 @pytest.mark.parametrize("which", ["the-one-that-fails-first", "the-one-that-succeeds-first"])
@@ -171,7 +171,7 @@ def test_two_starts_at_once(host: Host, which: str) -> None:
     # The first has made its nodes and has not yet failed when the second one starts.
     warnings: list[str] = []
     if which == "the-one-that-fails-first":
-        assert kmods.make_nodes(settings, [UVM], warnings, fails.id)
+        assert modules.make_nodes(settings, [UVM], warnings, fails.id)
     output = host.place / "output"
     try:
         assert (
@@ -214,7 +214,7 @@ def test_bundle_that_cannot_be_written(host: Host) -> None:
     assert host.added() == set()
 
 
-# Two starts at once: kmods.py by itself
+# Two starts at once: modules.py by itself
 
 
 def _settings(place: Path) -> Config:
@@ -239,9 +239,9 @@ def _there(config: Config) -> set[str]:
     return {str(path.relative_to(dev)) for path in dev.rglob("*")} - {"char"}
 
 
-def _make(config: Config, start: str, *nodes: Device) -> kmods.Made | None:
+def _make(config: Config, start: str, *nodes: Device) -> modules.Made | None:
     warnings: list[str] = []
-    made = kmods.make_nodes(config, nodes, warnings, start)
+    made = modules.make_nodes(config, nodes, warnings, start)
     assert warnings == []
     return made
 
@@ -254,9 +254,9 @@ def test_taken_back(settings: Config, by: str) -> None:
     made = _make(settings, "first", UVM, CHANNEL)
     assert _there(settings) == BOTH
     if by == "mark":  # another process of the same start
-        made = kmods.made_by(settings, "first")
+        made = modules.made_by(settings, "first")
     assert made
-    assert kmods.made_by(settings, "second") is None
+    assert modules.made_by(settings, "second") is None
     made.take_back()
     assert _there(settings) == set()
 
@@ -267,7 +267,7 @@ def test_node_that_another_start_relies_on_stays(settings: Config) -> None:
     assert _make(settings, "second", UVM) is None  # made nothing
     first.take_back()
     assert _there(settings) == {"nvidia-uvm", "char/511:0"}
-    assert kmods.made_by(settings, "second") is None
+    assert modules.made_by(settings, "second") is None
 
 
 def test_directory_with_the_node_of_another_start_stays(settings: Config) -> None:
@@ -299,7 +299,7 @@ def test_kept_nodes_are_nobodys_to_take_back(settings: Config) -> None:
     made.keep()
     made.take_back()
     assert _there(settings) == {"nvidia-uvm", "char/511:0"}
-    assert kmods.made_by(settings, "first") is None
+    assert modules.made_by(settings, "first") is None
 
 
 def test_nodes_of_an_administrator_are_not_taken_back(settings: Config) -> None:
@@ -333,6 +333,6 @@ def test_half_made_node_of_a_process_that_was_killed(settings: Config) -> None:
 def test_one_warning_for_all_that_cannot_be_made(settings: Config) -> None:
     Path(settings.dev_root, "dev/nvidia-caps-imex-channels").touch()
     warnings: list[str] = []
-    assert kmods.make_nodes(settings, [CHANNEL, OTHER], warnings, "first")  # the links
+    assert modules.make_nodes(settings, [CHANNEL, OTHER], warnings, "first")  # the links
     assert len(warnings) == 1
     assert warnings[0].endswith("channel1` on the host: file exists; the same for 1 more")

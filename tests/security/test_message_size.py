@@ -18,8 +18,9 @@ from typing import Any
 import pytest
 
 from containers import HOOK, WRAPPER, Bundle, Workshop
-from nvhook import audit, config, device_list, errors, request, requirements, spec
+from nvhook import audit, errors
 from nvhook.errors import DeviceError, RequestError, RequirementError
+from nvhook.request import config, device_list, request, requirements, spec
 
 MOST = 8192
 ALL = "NVIDIA_VISIBLE_DEVICES=all"

@@ -12,8 +12,9 @@ from typing import Any
 
 import pytest
 
-from nvhook import audit, config, request, spec
+from nvhook import audit
 from nvhook.errors import RequestError
+from nvhook.request import config, request, spec
 
 DEVICES = "NVIDIA_VISIBLE_DEVICES"
 REFUSE = "accept-nvidia-visible-devices-envvar-when-unprivileged = false\n"

@@ -17,13 +17,14 @@ from pathlib import Path
 import pytest
 
 from containers import Workshop, tree
-from nvhook import config as configuration
-from nvhook import container, kmods
-from nvhook import edits as editing
-from nvhook.container import Container
-from nvhook.edits import Edit
+from nvhook.container import container
+from nvhook.container import edits as editing
+from nvhook.container.container import Container
+from nvhook.container.edits import Edit
 from nvhook.errors import ContainerError, MountError
+from nvhook.host import modules
 from nvhook.linux import kernel, proc, userns
+from nvhook.request import config as configuration
 from nvruntime import server
 from security import hostile
 from security.hostile import OLD_KERNEL, Place
@@ -135,7 +136,7 @@ def test_what_can_be_left_out_is(place: Place, what: str) -> None:
     def work() -> None:
         SWAPPED[what](place, "/proc")
         assert not userns.is_first()
-        assert kmods.modprobe(configuration.load("/nonexistent")) == ""
+        assert modules.modprobe(configuration.load("/nonexistent")) == ""
         assert server.leave(str(place.root / "server"))
         assert not (place.root / "server").exists()
         kernel.prctl(kernel.PR_SET_NAME, b"nvhook-ahead")
@@ -153,7 +154,7 @@ def test_program_that_loads_modules_is_named_by_procfs(place: Place) -> None:
     def work() -> None:
         kernel.mount("tmpfs", "/proc/sys/kernel", "tmpfs", 0)
         Path("/proc/sys/kernel/modprobe").write_text(f"{place.canary}/file\n")
-        assert kmods.modprobe(configuration.load("/nonexistent")) == "/sbin/modprobe"
+        assert modules.modprobe(configuration.load("/nonexistent")) == "/sbin/modprobe"
 
     _in_own_mounts(work)
 

@@ -22,10 +22,10 @@ from pathlib import Path
 import pytest
 
 from containers import Workshop
-from nvhook import compat
-from nvhook import edits as editing
-from nvhook.container import Container
-from nvhook.edits import Edit
+from nvhook.container import cuda_compat
+from nvhook.container import edits as editing
+from nvhook.container.container import Container
+from nvhook.container.edits import Edit
 from nvhook.linux import kernel
 from security import hostile
 from security.hostile import LIBRARIES, OLD_KERNEL, VERSION, Outcome, Place
@@ -267,14 +267,14 @@ def _shape_at(
     where, kind = SHAPES[shape]
     counter = mmap.mmap(-1, 8)
     with _accomplice(lambda: _for_link(place.root / where[1:], place.canary / kind)) as act:
-        search = compat.find
+        search = cuda_compat.find
 
         def find(*arguments: object) -> str:
             with _before_call(number, act, counter):
                 return search(*arguments)  # type: ignore[arg-type]
 
         def arrange() -> None:
-            compat.find = find  # type: ignore[assignment]  # in the child alone, which ends with it
+            cuda_compat.find = find  # type: ignore[assignment]  # in the child alone, which ends with it
 
         def apply(edits: list[Edit], container: Container) -> None:
             with _before_call(number, act, counter):

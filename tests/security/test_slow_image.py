@@ -22,20 +22,22 @@ from pathlib import Path
 import pytest
 
 from containers import Workshop, configure, tree
-from nvhook import cli, compat, container, edits, fitness, inventory
-from nvhook import config as configuration
-from nvhook.commands import survey
-from nvhook.container import Container
-from nvhook.driver import Driver, Library
-from nvhook.edits import Edit
+from nvhook import cli
+from nvhook.commands import preview
+from nvhook.container import container, cuda_compat, edits, image_check
+from nvhook.container.container import Container
+from nvhook.container.edits import Edit
+from nvhook.driver import inventory
+from nvhook.driver.records import Driver, Library
 from nvhook.errors import ContainerError
-from nvhook.gpus import Gpus
+from nvhook.host.gpus import Gpus
+from nvhook.host.offers import Offers
+from nvhook.host.selection import Selection
 from nvhook.linux import kernel, ldconfig, symver
 from nvhook.linux import root as roots
 from nvhook.linux.root import DIRECTORY, OutOfTimeError, Root
-from nvhook.offers import Offers
-from nvhook.request import Request
-from nvhook.selection import Selection
+from nvhook.request import config as configuration
+from nvhook.request.request import Request
 from nvhook.start import Start
 from nvruntime import ahead
 from security.hostile import LIBRARIES, OLD_KERNEL, Place
@@ -246,7 +248,7 @@ def test_compatibility_libraries_are_not_passed_over(open_root: Root) -> None:
     open_root.spend(60)
     settings = configuration.load("/nonexistent")
     with pytest.raises(ContainerError, match="look up `/usr/local/cuda/compat`"):
-        compat.find(settings, ("compute",), open_root, "550.1", set, [])
+        cuda_compat.find(settings, ("compute",), open_root, "550.1", set, [])
 
 
 def test_image_that_is_too_slow_to_look_at_gives_no_false_alarm(tmp_path: Path, open_root: Root) -> None:
@@ -260,16 +262,16 @@ def test_image_that_is_too_slow_to_look_at_gives_no_false_alarm(tmp_path: Path, 
     layout = container.layout(open_root)
     asked = Request(("all",), ("compute",), (), "")
     with pytest.raises(ContainerError, match="musl"):
-        fitness.check(settings, asked, driver, open_root, layout, [])
+        image_check.check(settings, asked, driver, open_root, layout, [])
     open_root.optional.spend(1)
-    fitness.check(settings, asked, driver, open_root, layout, [])
+    image_check.check(settings, asked, driver, open_root, layout, [])
 
 
 def test_what_is_done_ahead_leaves_a_slow_image_to_the_hook(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The process beside the low-level runtime has two seconds for it, the hook has twelve."""
     monkeypatch.setattr(ahead, "_LOOKUP_SECONDS", 0)
     asked = Request(("all",), ("compute",), (), "")
-    start = Start(configuration.load("/nonexistent"), survey.imagined([], str(tmp_path)), asked, "name", [])
+    start = Start(configuration.load("/nonexistent"), preview.imagined([], str(tmp_path)), asked, "name", [])
     start.gpus, start.chosen = Gpus("550.1", [], {}, (0, 0, 0)), Selection([], [])
     start.offers = Offers(start.gpus)
     monkeypatch.setattr(inventory, "load", lambda *_, **__: Driver("550.1", [], [], []))

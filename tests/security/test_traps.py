@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from containers import Workshop, tree
-from nvhook.edits import Edit
+from nvhook.container.edits import Edit
 from nvhook.linux import kernel
 from security import hostile
 from security.hostile import LIBRARIES, MS_SHARED, OLD_KERNEL, VERSION, Place

@@ -25,7 +25,9 @@ import os, sys
 sys.path[:0] = [{str(REPOSITORY / "hook")!r}, {str(REPOSITORY / "tests")!r}]
 sys.path.append({str(REPOSITORY / "hook/packages")!r})
 from containers import tree
-from nvhook import config, container, edits, errors, hook, prestart, request, spec
+from nvhook.request import config, request, spec
+from nvhook.container import container, edits
+from nvhook import errors, hook, prestart
 from nvhook.start import Start
 
 

@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
-from nvhook import config, request, spec
 from nvhook.errors import RequestError
+from nvhook.request import config, request, spec
 
 DEVICES = "NVIDIA_VISIBLE_DEVICES"
 REFUSE = "accept-nvidia-visible-devices-envvar-when-unprivileged = false\n"

@@ -11,13 +11,13 @@ import os
 import shutil
 import sys
 
-from nvhook import config as configuration
+from nvhook.request import config as configuration
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     import argparse
 
-    from nvhook.config import Config
+    from nvhook.request.config import Config
 
     Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]
 

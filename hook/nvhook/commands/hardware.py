@@ -8,12 +8,12 @@ import os
 from nvhook import plan
 from nvhook.commands.kernelfiles import kernel_text, listed
 from nvhook.errors import DeviceError
-from nvhook.offers import Offers
+from nvhook.host.offers import Offers
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from nvhook.edits import Device
-    from nvhook.gpus import Gpus
+    from nvhook.container.edits import Device
+    from nvhook.host.gpus import Gpus
 
 NVIDIA = "0x10de"  # the PCI vendor
 _DISPLAY = "0x03"  # the PCI class of display controllers, which all GPUs are

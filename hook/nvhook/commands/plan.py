@@ -5,9 +5,9 @@ from __future__ import annotations
 
 import json
 
-from nvhook import spec
-from nvhook.commands import load, survey
+from nvhook.commands import load, preview
 from nvhook.errors import SpecError, one_line
+from nvhook.request import spec
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ def add(commands: Subparsers) -> None:
 
 def run(options: argparse.Namespace, warnings: list[str]) -> int:
     config = load(options, warnings)
-    made = survey.make(_described(options), config, warnings)
+    made = preview.make(_described(options), config, warnings)
     if options.json:
         print(json.dumps(document(made), indent=2))
     elif made is None:
@@ -49,7 +49,7 @@ def run(options: argparse.Namespace, warnings: list[str]) -> int:
 
 def _described(options: argparse.Namespace) -> spec.Spec:
     if not options.bundle:
-        return survey.imagined(options.env, options.rootfs)
+        return preview.imagined(options.env, options.rootfs)
     if options.env:
         raise SpecError("--env goes with --rootfs; a bundle brings its own environment")
     return spec.parse(spec.read_config(options.bundle)[0], options.bundle)

@@ -6,8 +6,9 @@ For packages after their installation, and for the units that watch for another 
 
 from __future__ import annotations
 
-from nvhook import host, inventory
+from nvhook.driver import inventory
 from nvhook.errors import DeviceError
+from nvhook.host import host
 
 from . import load
 

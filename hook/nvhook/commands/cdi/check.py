@@ -11,9 +11,9 @@ import os
 import re
 import stat
 
-from nvhook import gpus, mig
 from nvhook.commands.cdi import files as cdifiles
 from nvhook.errors import DeviceError, DriverError, Finding, reason
+from nvhook.host import gpus, mig
 from nvhook.start import reporter
 
 TYPE_CHECKING = False
@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from typing import Any
 
     from nvhook.commands.cdi.files import SpecFile
-    from nvhook.config import Config
-    from nvhook.gpus import Gpus
+    from nvhook.host.gpus import Gpus
+    from nvhook.request.config import Config
 
     Json = dict[str, Any]
 

@@ -13,20 +13,20 @@ import os
 import re
 import sys
 
-from nvhook import config as configuration
 from nvhook.commands import load, program
 from nvhook.commands.cdi import check as cdicheck
 from nvhook.commands.cdi import files as cdifiles
 from nvhook.commands.cdi import specification as cdispec
 from nvhook.commands.configure import changes
 from nvhook.errors import ConfigError, NvhookError, RequestError, one_line
-from nvhook.spec import HOOK
+from nvhook.request import config as configuration
+from nvhook.request.spec import HOOK
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from nvhook.commands import Subparsers
     from nvhook.commands.cdi.files import Device, SpecFile
-    from nvhook.config import Config
+    from nvhook.request.config import Config
 
 _FORMATS = ("yaml", "json")
 _NAME = re.compile(r"[A-Za-z]([A-Za-z0-9_.-]*[A-Za-z0-9])?")

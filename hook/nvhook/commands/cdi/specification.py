@@ -13,16 +13,18 @@ from __future__ import annotations
 
 import os
 
-from nvhook import gpus as hosts
-from nvhook import host, inventory, kmods, mig, plan, selection
-from nvhook.edits import Mount, Symlink
+from nvhook import plan
+from nvhook.container.edits import Mount, Symlink
+from nvhook.container.linkercache import Ldcache
+from nvhook.driver import inventory
 from nvhook.errors import DriverError, RequestError, reason
-from nvhook.linkercache import Ldcache
+from nvhook.formats.record import Record
+from nvhook.host import gpus as hosts
+from nvhook.host import host, mig, modules, selection
+from nvhook.host.selection import Selection
 from nvhook.linux.root import DIRECTORY, Root
-from nvhook.record import Record
-from nvhook.request import Request
-from nvhook.selection import Selection
-from nvhook.spec import HOOK, HOOK_ENV, Spec
+from nvhook.request.request import Request
+from nvhook.request.spec import HOOK, HOOK_ENV, Spec
 from nvhook.start import Start, reporter
 
 TYPE_CHECKING = False
@@ -30,10 +32,10 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from typing import Any
 
-    from nvhook.config import Config
-    from nvhook.edits import Device, Edit
-    from nvhook.gpus import Gpus
-    from nvhook.mig import MigDevice
+    from nvhook.container.edits import Device, Edit
+    from nvhook.host.gpus import Gpus
+    from nvhook.host.mig import MigDevice
+    from nvhook.request.config import Config
 
     Json = dict[str, Any]
 
@@ -83,7 +85,7 @@ def make(config: Config, wanted: Wanted, warnings: list[str]) -> Json:
     _draw(start)
     control = _nodes(start, Selection([], []))
     nodes = _nodes(start, start.chosen)
-    kmods.make_nodes(config, nodes, warnings)
+    modules.make_nodes(config, nodes, warnings)
     shared = [] if len(control) == len(nodes) else control  # on WSL 2 one node is all there is, and no device is empty
     document: Json = {
         "cdiVersion": "",

@@ -20,7 +20,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from nvhook.commands import Subparsers
     from nvhook.commands.configure.engines import Engine
-    from nvhook.config import Config
+    from nvhook.request.config import Config
 
 _RUNTIME = "nvidia-container-runtime"
 _COLOURS = {"+": "\033[32m", "-": "\033[31m", "@": "\033[36m"}

@@ -12,8 +12,8 @@ import copy
 import json
 import re
 
-from nvhook import plaintoml
 from nvhook.errors import ConfigError
+from nvhook.formats import plaintoml
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

@@ -17,11 +17,11 @@ import os
 import re
 import shutil
 
-from nvhook import gpus
 from nvhook.commands import containerdfiles
 from nvhook.commands.configure.changes import File
 from nvhook.commands.configure.documents import Json, Toml, dotted, lookup, merged, same
 from nvhook.errors import ConfigError, DeviceError
+from nvhook.host import gpus
 from nvhook.linux.root import DIRECTORY, Root
 
 TYPE_CHECKING = False
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
     from nvhook.commands.configure.changes import Settings
     from nvhook.commands.configure.documents import Document, Path, Table
-    from nvhook.config import Config
+    from nvhook.request.config import Config
 
 SWARM_KIND = "NVIDIA-GPU"
 # What dockerd makes of the kind, in capitals, with the ids of the GPUs that a task was given behind it.

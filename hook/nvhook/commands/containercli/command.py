@@ -12,18 +12,18 @@ import os
 import sys
 import time
 
-from nvhook import config as configuration
 from nvhook import version as ours
 from nvhook.commands.containercli import options as containeroptions
 from nvhook.commands.containercli.log import Log
 from nvhook.commands.containercli.options import NAME, InputError
 from nvhook.errors import NvhookError, one_line
+from nvhook.request import config as configuration
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     import argparse
 
-    from nvhook.config import Config
+    from nvhook.request.config import Config
 
 # NVIDIA's release whose options these are: callers compare it.
 _VERSION = "1.17.8"

@@ -12,16 +12,17 @@ from __future__ import annotations
 
 import os
 
-from nvhook import audit, container, prestart
-from nvhook import config as configuration
+from nvhook import audit, prestart
 from nvhook.commands import plan
 from nvhook.commands.containercli import options as containeroptions
 from nvhook.commands.containercli.options import NAME, InputError
-from nvhook.edits import Device, Edit, Mount
+from nvhook.container import container
+from nvhook.container.edits import Device, Edit, Mount
 from nvhook.errors import NvhookError
 from nvhook.linux import kernel
-from nvhook.request import Request
-from nvhook.spec import Spec
+from nvhook.request import config as configuration
+from nvhook.request.request import Request
+from nvhook.request.spec import Spec
 from nvhook.start import Start
 
 TYPE_CHECKING = False
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
     import argparse
 
     from nvhook.commands.containercli.log import Log
-    from nvhook.config import Config
+    from nvhook.request.config import Config
 
 
 class _PermissionError(NvhookError):

@@ -8,23 +8,26 @@ from __future__ import annotations
 
 import os
 
-from nvhook import caps, host, inventory, plan, requirements, selection, sockets
+from nvhook import plan
 from nvhook.commands.containercli import options as containeroptions
+from nvhook.driver import inventory
 from nvhook.errors import DriverError
-from nvhook.offers import Offers
-from nvhook.request import Request
+from nvhook.host import cap_nodes, host, selection, sockets
+from nvhook.host.offers import Offers
+from nvhook.request import requirements
+from nvhook.request.request import Request
 from nvhook.start import reporter
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     import argparse
 
-    from nvhook.config import Config
-    from nvhook.driver import Driver
-    from nvhook.gpus import Gpu, Gpus
-    from nvhook.offers import HostFile, HostNode
-    from nvhook.report import GpuReport, Report
-    from nvhook.selection import Selection
+    from nvhook.driver.records import Driver
+    from nvhook.host.gpus import Gpu, Gpus
+    from nvhook.host.offers import HostFile, HostNode
+    from nvhook.host.report import GpuReport, Report
+    from nvhook.host.selection import Selection
+    from nvhook.request.config import Config
 
 _UNKNOWN = "Unknown"
 _BRANDS = {
@@ -152,10 +155,10 @@ def _capabilities(options: argparse.Namespace, config: Config, chosen: Selection
     rights = containeroptions.mig_rights(options)
     paths = []
     for mig in () if rights else chosen.migs:
-        paths += _paths(*caps.of_instances(config, [mig], found))
-    paths += _paths(caps.of_channels(config, containeroptions.imex_channels(options), found), [])
+        paths += _paths(*cap_nodes.of_instances(config, [mig], found))
+    paths += _paths(cap_nodes.of_channels(config, containeroptions.imex_channels(options), found), [])
     for right in rights:
-        paths += _paths(*caps.of_rights(config, (right,), containeroptions.devices(options), chosen, found))
+        paths += _paths(*cap_nodes.of_rights(config, (right,), containeroptions.devices(options), chosen, found))
     return paths
 
 

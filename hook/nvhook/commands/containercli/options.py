@@ -11,8 +11,8 @@ import argparse
 import os
 import re
 
-from nvhook import request
 from nvhook.errors import NvhookError
+from nvhook.request import request
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

@@ -14,10 +14,10 @@ import os
 import shutil
 import tempfile
 
-from nvhook import inventory
 from nvhook.commands.configure.command import runtime_path
 from nvhook.commands.doctor.checks_driver import driver
 from nvhook.commands.doctor.findings import failure, ok, several, skipped
+from nvhook.driver import inventory
 from nvhook.errors import DriverError, Finding, NvhookError, reason
 from nvhook.linux import elf, ldcache, userns
 from nvhook.linux.root import DIRECTORY, Root
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     import subprocess
     from collections.abc import Iterator
 
-    from nvhook.commands.doctor.examined import Host
+    from nvhook.commands.hostview import Host
 
 _SMI = "nvidia-smi"
 _LIBRARIES = (

@@ -9,19 +9,20 @@ from __future__ import annotations
 import os
 import stat
 
-from nvhook import host as hosts
-from nvhook import inventory, sockets
 from nvhook.commands import hardware
 from nvhook.commands.doctor.findings import failure, ok, several, skipped, warning
 from nvhook.commands.kernelfiles import kernel_text
+from nvhook.driver import inventory
 from nvhook.errors import DriverError, Finding
+from nvhook.host import host as hosts
+from nvhook.host import sockets
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from nvhook.commands.doctor.examined import Host
-    from nvhook.gpus import Gpus
+    from nvhook.commands.hostview import Host
+    from nvhook.host.gpus import Gpus
 
 _SECURE_BOOT = "firmware/efi/efivars/SecureBoot-8be4df61-93ca-11d2-aa0d-00e098032b8c"
 _KEYS = ("/var/lib/shim-signed/mok/MOK.der", "/var/lib/dkms/mok.pub")  # what Ubuntu and DKMS sign modules with

@@ -17,7 +17,7 @@ from nvhook.commands.doctor.checks_system import PLACES
 from nvhook.commands.doctor.findings import failure, ok, skipped, warning
 from nvhook.commands.doctor.programs import NVIDIA, OURS, RUNTIME, whose
 from nvhook.errors import ConfigError, Finding, reason
-from nvhook.spec import HOOK
+from nvhook.request.spec import HOOK
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from nvhook.commands.configure.documents import Document, Path, Table
     from nvhook.commands.configure.engines import Engine
-    from nvhook.commands.doctor.examined import Host
+    from nvhook.commands.hostview import Host
 
 _NAME = "*"  # stands for the name of a runtime in the paths of engines.py
 # The files of an engine, in the order in which it reads them; a later one counts.

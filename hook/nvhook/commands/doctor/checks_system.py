@@ -6,18 +6,19 @@ from __future__ import annotations
 import os
 import stat
 
-from nvhook import inventory, spec
-from nvhook.commands.configure import configcheck
+from nvhook.commands.config import check as configcheck
 from nvhook.commands.doctor.checks_driver import driver
 from nvhook.commands.doctor.findings import failure, ok, skipped, warning
-from nvhook.commands.doctor.snapshot import cgroup_version
 from nvhook.commands.kernelfiles import kernel_text
+from nvhook.commands.snapshot.command import cgroup_version
+from nvhook.driver import inventory
+from nvhook.request import spec
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from nvhook.commands.doctor.examined import Host
+    from nvhook.commands.hostview import Host
     from nvhook.errors import Finding
 
 # Where the wrapper looks after PATH.

@@ -10,20 +10,20 @@ from __future__ import annotations
 import argparse
 import os
 
-from nvhook import config as configuration
 from nvhook.commands import load
-from nvhook.commands.configure import configcheck
+from nvhook.commands.config import check as configcheck
 from nvhook.commands.doctor import (
     checks_container,
     checks_driver,
     checks_engines,
-    checks_leftovers,
+    checks_nvidia,
     checks_system,
     findings,
-    snapshot,
 )
-from nvhook.commands.doctor.examined import Host
+from nvhook.commands.hostview import Host
+from nvhook.commands.snapshot import command as snapshot
 from nvhook.errors import FAILURE, Finding, NvhookError, reason
+from nvhook.request import config as configuration
 from nvhook.version import VERSION
 
 TYPE_CHECKING = False
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from nvhook.commands import Subparsers
-    from nvhook.config import Config
+    from nvhook.request.config import Config
 
     Check = Callable[[Host], Iterator[Finding]]
 
@@ -51,9 +51,9 @@ CHECKS: tuple[tuple[str, Check], ...] = (
     ("config", checks_system.check_config),
     ("state-dir", checks_system.check_state_directory),
     ("runtime", checks_system.check_runtime),
-    ("programs", checks_leftovers.check_programs),
-    ("hooks", checks_leftovers.check_hooks),
-    ("cdi", checks_leftovers.check_cdi),
+    ("programs", checks_nvidia.check_programs),
+    ("hooks", checks_nvidia.check_hooks),
+    ("cdi", checks_nvidia.check_cdi),
     ("engines", checks_engines.check_engines),
     ("dockerd", checks_engines.check_dockerd),
 )

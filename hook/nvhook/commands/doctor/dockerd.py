@@ -12,7 +12,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
-    from nvhook.commands.doctor.examined import Host
+    from nvhook.commands.hostview import Host
 
 SOCKET = dockerapi.DOCKER
 # A process of a container may go by any name; these files are root's.

@@ -7,7 +7,7 @@ import os
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from nvhook.commands.doctor.examined import Host
+    from nvhook.commands.hostview import Host
 
 RUNTIME = "nvidia-container-runtime"
 

@@ -11,17 +11,17 @@ import contextlib
 import os
 import stat
 
-from nvhook.container import SECONDS
-from nvhook.edits import Device, Edit, File, Mount, Symlink, Tmpfs
+from nvhook.container.container import SECONDS
+from nvhook.container.edits import Device, Edit, File, Mount, Symlink, Tmpfs
+from nvhook.container.linkercache import Ldcache
 from nvhook.errors import ContainerError, reason
-from nvhook.linkercache import Ldcache
+from nvhook.formats.record import Record
 from nvhook.linux import cgroups, devprog, ldcache, mountinfo
 from nvhook.linux.root import DIRECTORY, Root
-from nvhook.record import Record
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from nvhook.spec import Spec
+    from nvhook.request.spec import Spec
 
 _PROC = "/proc/driver/nvidia"
 _CACHE, _MAX_CACHE = "/etc/ld.so.cache", 4 << 20  # of 150,000 libraries

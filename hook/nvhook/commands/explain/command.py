@@ -13,10 +13,10 @@ import os
 import tempfile
 from collections.abc import Iterator
 
-from nvhook import fitness
-from nvhook.commands import load, plan, survey
+from nvhook.commands import load, plan, preview
 from nvhook.commands.explain import dockerline, reasons
-from nvhook.commands.explain import subject as subjects
+from nvhook.commands.explain import target as subjects
+from nvhook.container import image_check
 from nvhook.errors import FAILURE, SLOW_TREE, WARNING, ContainerError, Finding, NvhookError, SpecError, one_line
 from nvhook.linux import elf
 from nvhook.linux.root import OutOfTimeError
@@ -24,9 +24,9 @@ from nvhook.linux.root import OutOfTimeError
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from nvhook.commands import Subparsers
-    from nvhook.commands.explain.subject import Subject
-    from nvhook.config import Config
+    from nvhook.commands.explain.target import Subject
     from nvhook.linux.root import Root
+    from nvhook.request.config import Config
     from nvhook.start import Start
 
 _EPILOG = """\
@@ -67,7 +67,7 @@ def run(options: argparse.Namespace, warnings: list[str]) -> int:
         made: Start | None = None
         if subject.is_served:
             try:
-                made = survey.make(subject.described, config, warnings)
+                made = preview.make(subject.described, config, warnings)
             except NvhookError as error:
                 fault = error
         try:
@@ -139,7 +139,7 @@ def _document(
 
 
 def _findings(subject: Subject, made: Start, config: Config) -> list[Finding]:
-    found = fitness.examine(made.request, made.driver, made.root, made.layout, thorough=True)
+    found = image_check.examine(made.request, made.driver, made.root, made.layout, thorough=True)
     return found + _built_in(subject, made) + _cache_alone(config)
 
 

@@ -15,10 +15,10 @@ import stat
 import subprocess
 from typing import Any
 
-from nvhook import device_list, spec
 from nvhook.commands import dockerapi
 from nvhook.commands.dockerapi import Json, member, variables
 from nvhook.errors import ContainerError, reason
+from nvhook.request import device_list, spec
 
 # Below /run -> the names of containers; a star stands for any one directory.
 _STATES = (

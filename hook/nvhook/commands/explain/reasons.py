@@ -7,18 +7,19 @@ from __future__ import annotations
 import os
 import posixpath
 
-from nvhook import device_list, discovery, request
-from nvhook.edits import Device, Edit, File, Mount, Symlink, Tmpfs
-from nvhook.linkercache import Ldcache
-from nvhook.record import Record
+from nvhook.container.edits import Device, Edit, File, Mount, Symlink, Tmpfs
+from nvhook.container.linkercache import Ldcache
+from nvhook.driver import discovery
+from nvhook.formats.record import Record
+from nvhook.request import device_list, request
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from nvhook.config import Config
-    from nvhook.driver import Library
-    from nvhook.spec import Spec
+    from nvhook.driver.records import Library
+    from nvhook.request.config import Config
+    from nvhook.request.spec import Spec
     from nvhook.start import Start
 
 _ACCEPT_ENV = "accept-nvidia-visible-devices-envvar-when-unprivileged"

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from nvhook.commands import Subparsers
     from nvhook.commands.info.overview import Overview
-    from nvhook.config import Config
+    from nvhook.request.config import Config
 
 _PERIOD = 2.0  # seconds
 _SHORTEST, _LONGEST = 0.1, 86400.0

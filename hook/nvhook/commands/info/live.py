@@ -10,9 +10,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from nvhook import nvml
-from nvhook.config import Config
-from nvhook.report import Report
+from nvhook.driver import nvml
+from nvhook.host.report import Report
+from nvhook.request.config import Config
 
 _UUID = "(GPU|MIG)-[0-9A-Za-z/-]{1,80}"
 _NAME = "[ -~]{0,96}"

@@ -10,15 +10,18 @@ import os
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from nvhook import host, inventory, kmods, mig, plan, procfs, requirements
+from nvhook import plan
 from nvhook.commands import hardware
 from nvhook.commands.info import live, processes
 from nvhook.commands.info.live import Now
 from nvhook.commands.info.processes import Process
-from nvhook.config import CAPABILITIES, Config
-from nvhook.driver import Driver
+from nvhook.driver import inventory
+from nvhook.driver.records import Driver
 from nvhook.errors import DriverError, NvhookError, reason
-from nvhook.gpus import Gpus
+from nvhook.host import host, mig, modules, procfs
+from nvhook.host.gpus import Gpus
+from nvhook.request import requirements
+from nvhook.request.config import CAPABILITIES, Config
 
 
 @dataclass
@@ -135,7 +138,7 @@ def lacking(config: Config, found: Gpus) -> list[str]:
         lacks.append("the driver has no GPU; see `dmesg | grep -i nvrm`")
     if "nvidia-uvm" not in found.majors:
         by_hand = "load it with `modprobe nvidia-uvm`"
-        remedy = "the first container that computes loads it" if kmods.modprobe(config) else by_hand
+        remedy = "the first container that computes loads it" if modules.modprobe(config) else by_hand
         lacks.append(f"the nvidia-uvm kernel module is not loaded; {remedy}")
     nodes = [node.path for node in hardware.nodes(found, CAPABILITIES)]
     absent = [path for path in nodes if not os.path.lexists(config.dev_root.rstrip("/") + path)]
