@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What scripts/demo prints: three containers on one host, and what each sees of its GPUs."""
+"""What scripts/demo prints: three containers on one host, and what each sees of its GPUs; or one with a script."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("runtime", type=Path, help="nvidia-container-runtime as installed")
     parser.add_argument("--config", type=Path, help="config.toml of a simulated host")
+    parser.add_argument("--script", type=Path, help="run this in one container with all GPUs, and nothing else")
     options = parser.parse_args()
     if options.config:
         print(f"This machine has no NVIDIA GPU. Simulated host: {options.config.parent}, two A100, driver 550.163.01.")
@@ -35,11 +36,14 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="nvhook-demo-") as name:
         place = Path(name)
         place.chmod(0o755)
-        for number, devices in enumerate(("all", "0", None)):
+        requests = ("all",) if options.script else ("all", "0", None)
+        for number, devices in enumerate(requests):
             image = make_image("debian", place / f"rootfs{number}")
             env = {} if devices is None else {"NVIDIA_VISIBLE_DEVICES": devices}
             print(f"\n=== a container with {'no request' if devices is None else f'NVIDIA_VISIBLE_DEVICES={devices}'}")
             script = _LOOK if devices is not None else _LOOK.replace("nvidia-smi -L\necho", "nvidia-smi -L 2>&1\necho")
+            if options.script:
+                script = options.script.read_text()
             result = (
                 Bundle(place / f"bundle{number}", image)
                 .write(["/bin/sh", "-c", script], env)
