@@ -16,6 +16,7 @@ import yaml
 
 import bench
 import docpages
+import screenshot
 from containers import REPOSITORY, WRAPPER, Workshop, make_image
 from nvhook import cli
 
@@ -332,6 +333,12 @@ def test_demo_is_as_the_readme_shows_it(simhost: Callable[[str], Path], tmp_path
     assert (done.returncode, done.stderr) == (0, "")
     (shown,) = re.findall(r"^```text\n(This machine .*?)^```$", (REPOSITORY / "README.md").read_text(), re.M | re.S)
     assert done.stdout.replace(str(host), "…/build/demo-host").startswith(shown)
+
+
+@pytest.mark.root
+def test_picture_of_the_readme_is_what_doctor_prints(simhost: Callable[[str], Path], tmp_path: Path) -> None:
+    """If it is not: `.venv/bin/python tests/screenshot.py docs/doctor.svg`."""
+    assert (DOCS / "doctor.svg").read_text() == screenshot.draw(screenshot.printed(simhost("h200"), tmp_path / "host"))
 
 
 @pytest.mark.root
