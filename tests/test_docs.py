@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 import os
 import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable
@@ -34,6 +35,7 @@ RUN_BY = {
     "nvidia-container-cli.md": "tests/test_containercli.py",
     "plan.md": "tests/test_docs.py",
     "shared-machines.md": "tests/test_docs.py",
+    "tutorial-simulated.md": "tests/test_docs.py",
     "upgrades.md": "tests/test_docs.py",
 }
 # Commands of ```sh blocks -> the test that runs such a command, with its own image and places.
@@ -44,6 +46,7 @@ TESTED = {
     "docker run --rm --gpus all IMAGE nvidia-smi -L": "tests/engines/test_docker.py::test_gpus_option",
     "docker run --rm --gpus device=0 IMAGE nvidia-smi -L": "tests/engines/test_docker.py::test_gpus_option",
     "docker run --rm --gpus '\"device=0,1\"' IMAGE nvidia-smi -L": "tests/engines/test_docker.py::test_gpus_option",
+    "docker run --rm --gpus all debian nvidia-smi -L": "tests/engines/test_docker.py::test_gpus_option",
     "docker run --rm --runtime=nvidia -e NVIDIA_VISIBLE_DEVICES=all IMAGE nvidia-smi -L": (
         "tests/engines/test_docker.py::test_runtime_gives_the_devices_of_the_variable"
     ),
@@ -92,18 +95,23 @@ NOT_RUN = {
     "docker run --gpus all -e NVIDIA_DRIVER_CAPABILITIES=graphics,display,utility -e DISPLAY "
     "-v /tmp/.X11-unix:/tmp/.X11-unix IMAGE glxinfo": "a simulated host has no screen",
     "docker run --rm --device nvidia.com/gpu=0 debian nvidia-smi -L": "the Docker of Debian 12 knows no CDI",
+    'docker run --rm --gpus all -v "$PWD:/work" pytorch/pytorch python /work/train.py': "needs a GPU and a large image",
+    'docker run --rm --gpus device=0 -v "$PWD:/work" pytorch/pytorch python /work/train.py': (
+        "needs a GPU and a large image"
+    ),
     "journalctl SYSLOG_FACILITY=10 | grep 'GPUs '": "test machines have no journal; tests/test_audit.py reads the line",
     "make bench": "measures for minutes",
     "make bench REAL=1": "needs a GPU, and measures for minutes",
     "make bench ROWS=gpu LOW=crun": "measures for minutes",
     "make bench ROWS=gpu PEER=/usr/bin": "needs another runtime",
     "make bench RUNS=40 ROWS=gpu,no-request JSON=result.json": "measures for minutes",
+    "nvidia-smi -L": "needs a GPU, and is not ours",
     "pip install .": "pip asks for packages of the network",
     "scripts/test": "runs this test",
 }
 # Pages whose ```sh block the test of the page runs as a whole
 SHELL_RUN_BY_PAGE = ("nvidia-container-cli.md",)
-LANGUAGES = ("console", "ini", "json", "sh", "text", "toml", "yaml")
+LANGUAGES = ("console", "ini", "json", "python", "sh", "text", "toml", "yaml")
 AT_THE_ROOT = ("CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md")  # pages of the site too, by scripts/sitepages.py
 PAGES = [REPOSITORY / "README.md", REPOSITORY / "CONTRIBUTING.md", *sorted(DOCS.glob("*.md"))]
 SHOWN = sorted(page.name for page in DOCS.glob("*.md") if "```console" in page.read_text())
@@ -339,6 +347,24 @@ def test_demo_is_as_the_readme_shows_it(simhost: Callable[[str], Path], tmp_path
 def test_picture_of_the_readme_is_what_doctor_prints(simhost: Callable[[str], Path], tmp_path: Path) -> None:
     """If it is not: `.venv/bin/python tests/screenshot.py docs/doctor.svg`."""
     assert (DOCS / "doctor.svg").read_text() == screenshot.draw(screenshot.printed(simhost("h200"), tmp_path / "host"))
+
+
+def test_tutorial_s_script_is_python() -> None:
+    (script,) = re.findall(r"^```python\n(.*?)^```$", (DOCS / "tutorial.md").read_text(), re.M | re.S)
+    compile(script, "train.py", "exec")
+
+
+@pytest.mark.root
+def test_tutorial_without_a_gpu(simhost: Callable[[str], Path], tmp_path: Path) -> None:
+    host, _ = Workshop(tmp_path, simhost).copy_of("a100x2")
+    script = (DOCS / "tutorial-simulated.md").read_text().partition("```text\n")[2].partition("```")[0]
+    (tmp_path / "train.sh").write_text(script)
+    demo = [sys.executable, str(REPOSITORY / "tests/demo.py"), str(WRAPPER), "--config", f"{host}/config.toml"]
+    commands = {
+        "scripts/demo train.sh": f"{shlex.join(demo)} --script {tmp_path}/train.sh",
+        "build/demo-host": str(host),
+    }
+    docpages.check("tutorial-simulated.md", host, {str(host): "…/build/demo-host"}, commands)
 
 
 @pytest.mark.root
