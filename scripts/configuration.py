@@ -17,13 +17,13 @@ from nvhook.commands.config import check as configcheck  # noqa: E402
 _HEAD = """\
 # Configuration
 
-`/etc/nvidia-container-runtime/config.toml` holds NVIDIA's keys, with NVIDIA's defaults, and the table `[nvhook]`. What
-is not in it has its default, and each start reads it: nothing has to be restarted. A key that is not honoured, set to
-something that would matter, is named in a warning. `nvhook config check` says what is wrong in a file
-([configure](configure.md)).
+`/etc/nvidia-container-runtime/config.toml` holds NVIDIA's keys, with NVIDIA's defaults, and the table `[nvhook]`. A
+key that is missing has its default. Each start reads the file, so you never have to restart anything. If you set a key
+that nvhook does not honour, and the setting would matter, a warning names it. `nvhook config check` finds what is wrong
+in a file ([configure](configure.md)).
 
-The runtime and `nvhook` take another file from the environment variable `NVHOOK_CONFIG`, the hook from its option
-`--config`.
+To use another file, set the environment variable `NVHOOK_CONFIG` for the runtime and `nvhook`, or pass the option
+`--config` to the hook.
 
 This page is made from the schema: `.venv/bin/python scripts/configuration.py >docs/configuration.md`.
 """
