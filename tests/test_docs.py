@@ -95,9 +95,11 @@ NOT_RUN = {
     "docker run --gpus all -e NVIDIA_DRIVER_CAPABILITIES=graphics,display,utility -e DISPLAY "
     "-v /tmp/.X11-unix:/tmp/.X11-unix IMAGE glxinfo": "a simulated host has no screen",
     "docker run --rm --device nvidia.com/gpu=0 debian nvidia-smi -L": "the Docker of Debian 12 knows no CDI",
-    'docker run --rm --gpus all -v "$PWD:/work" pytorch/pytorch python /work/train.py': "needs a GPU and a large image",
+    'docker run --rm --gpus all -v "$PWD:/work" pytorch/pytorch python /work/train.py': (
+        "needs a GPU and a large image; `tests/gpu/prove.py --torch PYTHON` trains its script"
+    ),
     'docker run --rm --gpus device=0 -v "$PWD:/work" pytorch/pytorch python /work/train.py': (
-        "needs a GPU and a large image"
+        "needs a GPU and a large image; `tests/gpu/prove.py --torch PYTHON` trains its script"
     ),
     "journalctl SYSLOG_FACILITY=10 | grep 'GPUs '": "test machines have no journal; tests/test_audit.py reads the line",
     "make bench": "measures for minutes",

@@ -8,6 +8,7 @@ the host's mount table and files are compared before and after. One line a check
 Needs busybox (static), what scripts/setup puts into build/packages (or NVHOOK_PACKAGES), and nvcc for the CUDA program.
 With --loaders DIR, where the loaders of Vulkan and EGL are unpacked (libvulkan1, libegl1, libglvnd0, libx11-6, libxext6
 and what they need, of Debian or Ubuntu), a program looks for the GPU through them, in an image that has them.
+With --torch PYTHON, an interpreter with PyTorch, the script of docs/tutorial.md trains in a container.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import shlex
 import shutil
 import statistics
@@ -324,6 +326,50 @@ def prove_docker(proof: Proof, installed: Path, image: Path, host_list: str, cud
             dockerd.wait(30)
 
 
+_WHERE = """
+import json, os, sys, sysconfig, torch
+print(json.dumps([sys.base_prefix, os.path.realpath(sys.executable), sysconfig.get_path("stdlib"),
+    os.path.dirname(os.path.dirname(torch.__file__))]))
+"""
+
+
+def prove_training(proof: Proof, runtime: str, image: Path, python: Path) -> None:
+    """The script of docs/tutorial.md, with the machine's PyTorch mounted into the container."""
+    done = subprocess.run([str(python), "-c", _WHERE], check=True, capture_output=True, text=True)
+    prefix, executable, library, packages = json.loads(done.stdout)
+    (script,) = re.findall(r"^```python\n(.*?)^```$", (REPOSITORY / "docs/tutorial.md").read_text(), re.M | re.S)
+    bundle = proof.bundle(image)
+    add_program(bundle.rootfs, Path(executable))
+    extensions = [*Path(library, "lib-dynload").glob("*.so"), *Path(packages, "torch/lib").glob("*.so*")]
+    _add_libraries(bundle.rootfs, extensions, without=packages)
+    (bundle.rootfs / "train.py").write_text(script)
+    if prefix == "/usr":  # what else is there is the image's
+        places, program = [library, packages], f"/usr/bin/{Path(executable).name}"
+    else:
+        places, program = [prefix, packages], executable
+    bundle.config["mounts"] += [
+        {"destination": place, "type": "bind", "source": place, "options": ["rbind", "ro"]} for place in places
+    ]
+    bundle.write([program, "/train.py"], {"NVIDIA_VISIBLE_DEVICES": "all", "PYTHONPATH": packages, "HOME": "/tmp"})
+    result = bundle.run(proof.config_for(runtime), runtime=runtime, wrapper=proof.wrapper)
+    print("      " + result.stdout.strip().replace("\n", "\n      "))
+    losses = [float(loss) for loss in re.findall(r"loss ([\d.]+)", result.stdout)]
+    holds = result.returncode == 0 and len(losses) == 6 and losses[-1] < losses[0] / 10
+    proof.check(f"{Path(runtime).name}: the tutorial's script trains", holds=holds, shown=result.stderr)
+
+
+def _add_libraries(root: Path, programs: list[Path], *, without: str) -> None:
+    """What `programs` are linked against, beside the C library; none of the driver's, and none below `without`."""
+    libraries = next(root.glob("usr/lib*/**/libc.so.6")).parent
+    for program in programs:
+        listing = subprocess.run(["ldd", str(program)], check=False, capture_output=True, text=True).stdout
+        for name, path in re.findall(r"(\S+) => (/\S+)", listing):
+            is_other = path.startswith(without) or "nvidia" in path or name.startswith("libcuda.")
+            if not is_other and not (libraries / name).exists():
+                shutil.copy(path, libraries / name)
+    subprocess.run(["ldconfig", "-r", str(root)], check=True, capture_output=True)
+
+
 def time_starts(proof: Proof, runtime: str, image: Path, rounds: int) -> None:
     """Whole `run`s of /bin/true, in turn: the runtime itself, ours without a request, ours with all GPUs."""
     bundle = proof.bundle(image)
@@ -408,6 +454,7 @@ def main() -> int:
     parser.add_argument("--runtime", action="append", help="runc and crun, if they are there; repeatable")
     parser.add_argument("--rounds", type=int, default=20, help="starts of each kind that are timed")
     parser.add_argument("--loaders", type=Path, help="a directory with Vulkan's and EGL's loaders, unpacked")
+    parser.add_argument("--torch", type=Path, metavar="PYTHON", help="an interpreter with PyTorch, for the tutorial")
     parser.add_argument("--no-cuda", action="store_true", help="leave the CUDA program out, on a simulated host")
     options = parser.parse_args()
     runtimes = options.runtime or [path for path in map(shutil.which, ("runc", "crun")) if path]
@@ -438,6 +485,8 @@ def main() -> int:
             ]
             if "loaders" in images:
                 steps.append(lambda r=runtime: prove_drawing(proof, r, images["loaders"]))  # type: ignore[misc]
+            if options.torch:
+                steps.append(lambda r=runtime: prove_training(proof, r, images["debian"], options.torch))  # type: ignore[misc]
             if not options.no_cuda:
                 steps.append(lambda r=runtime: prove_requirements(proof, r, images["debian"]))  # type: ignore[misc]
             for step in steps:
