@@ -134,10 +134,12 @@ def _run(place: str, lock: int) -> None:
 
 
 def _load() -> None:
-    """All that a container may need, so that no child has to."""
-    from nvhook.container import cleanup  # noqa: F401
+    """All that a start needs, so that no child has to import it. tests/test_architecture.py holds the list."""
+    from nvhook import hook, plan, prestart  # noqa: F401
+    from nvhook.container import cleanup, cuda_compat  # noqa: F401
+    from nvhook.driver import inventory  # noqa: F401
 
-    from . import worker  # noqa: F401
+    from . import create, worker  # noqa: F401
 
 
 def _leave_control_groups() -> None:

@@ -343,6 +343,7 @@ def prove_training(proof: Proof, runtime: str, image: Path, python: Path) -> Non
     extensions = [*Path(library, "lib-dynload").glob("*.so"), *Path(packages, "torch/lib").glob("*.so*")]
     _add_libraries(bundle.rootfs, extensions, without=packages)
     (bundle.rootfs / "train.py").write_text(script)
+    (bundle.rootfs / "etc/passwd").write_text("root:x:0:0::/root:/bin/sh\n")  # PyTorch asks for its user's name
     if prefix == "/usr":  # what else is there is the image's
         places, program = [library, packages], f"/usr/bin/{Path(executable).name}"
     else:

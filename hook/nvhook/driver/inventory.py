@@ -204,7 +204,7 @@ def _mig_layout(directory: str, depth: int = 0) -> list[object]:
 
 def _boot_id(proc_root: str) -> str:
     try:
-        with open(os.path.join(proc_root, "proc/sys/kernel/random/boot_id"), encoding="ascii") as file:
+        with open(os.path.join(proc_root, "proc/sys/kernel/random/boot_id"), encoding="utf-8") as file:
             return file.read().strip()
     except OSError:
         return ""

@@ -62,7 +62,7 @@ def _role(name: str) -> str:
 def _minor(path: str) -> int:
     """-1 where the file is not there, or names another kind of device."""
     try:
-        with open(path, encoding="ascii") as file:
+        with open(path, encoding="utf-8") as file:
             major, _, minor = file.read(64).strip().partition(":")
         return int(minor) if int(major) == _MAJOR else -1
     except (OSError, ValueError):
