@@ -21,7 +21,7 @@ from .container import edits as editing
 from .container.edits import Symlink
 from .container.linkercache import Ldcache
 from .errors import DeviceError, NvhookError, SpecError
-from .host import cap_nodes, host, mig
+from .host import cap_nodes, host, mig, procfs
 from .host.selection import Selection
 from .request import config as configuration
 from .request import spec
@@ -131,6 +131,7 @@ def chosen(nodes: set[str], config: Config, gpus: Gpus) -> Selection:
 
 def _draw(start: Start, arguments: Arguments, nodes: set[str], container: Container) -> None:
     """What the specification leaves to us, with the sources open."""
+    start.offers.proc = procfs.read(start.config.proc_root)
     edits = plan.covers(start.request.capabilities, start.chosen, start.offers)
     edits += [Symlink(path, target) for target, path in arguments.links if _leads_somewhere(path, target, nodes)]
     compatible = start.layout_of(container.root, start.warnings).compat

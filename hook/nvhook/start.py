@@ -9,7 +9,7 @@ to apply it (prestart.py).
 
 from __future__ import annotations
 
-from .host import host, selection
+from .host import host, procfs, selection, sockets
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -116,6 +116,8 @@ class Start:
         if not again:
             self.root = root
             self.layout = self.layout_of(root, self.warnings)
+            self.offers.sockets = sockets.find(config.driver_root)
+            self.offers.proc = procfs.read(config.proc_root)
         self.edits = plan.make(request, self.chosen, self.offers, self.driver, self.layout)
 
     def layout_of(self, root: Root, warnings: list[str]) -> Layout:

@@ -13,6 +13,8 @@ from nvhook.errors import DeviceError, reason
 from nvhook.formats.record import Record
 from nvhook.request import device_list
 
+from . import procfs
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     # GPU minor -> (GPU instance, compute instance), as /proc shows them
@@ -103,7 +105,7 @@ def driver_version(proc_root: str) -> str:
     """Of the kernel module that is loaded at this moment; DeviceError."""
     path = os.path.join(proc_root, "proc/driver/nvidia/version")
     try:
-        content = _read(path)
+        content = procfs.text(path)
     except FileNotFoundError:
         raise DeviceError(f"the nvidia kernel module is not loaded: no `{path}`", _LOAD_REMEDY) from None
     except OSError as error:
@@ -159,7 +161,7 @@ def _numbered(directory: str, start: str) -> list[tuple[int, str]]:
 def information(path: str) -> dict[str, str]:
     """Name -> value of a file of the driver's below /proc, a line each; DeviceError where it cannot be read."""
     try:
-        lines = _read(path).splitlines()
+        lines = procfs.text(path).splitlines()
     except OSError as error:
         raise DeviceError(f"read `{path}`: {reason(error)}") from None
     pairs = (line.partition(":") for line in lines)
@@ -177,7 +179,7 @@ def _majors(proc: str) -> dict[str, int]:
     path = os.path.join(proc, "devices")
     majors: dict[str, int] = {}
     try:
-        lines = _read(path).splitlines()
+        lines = procfs.text(path).splitlines()
     except OSError as error:
         raise DeviceError(f"read `{path}`: {reason(error)}") from None
     for line in lines:
@@ -209,8 +211,3 @@ def imex_channel_count(proc_root: str) -> int:
         text = ""
     count = number(text)
     return count if count >= 0 else _IMEX_CHANNELS
-
-
-def _read(path: str) -> str:
-    with open(path, encoding="utf-8", errors="replace") as file:
-        return file.read(1 << 20)

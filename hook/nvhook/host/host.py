@@ -12,7 +12,7 @@ import os
 
 from nvhook.errors import DeviceError, DriverError
 
-from . import cap_nodes, dri, features, gpus, modules, procfs, sockets
+from . import cap_nodes, dri, features, gpus, modules
 from .offers import Offers
 
 TYPE_CHECKING = False
@@ -77,8 +77,6 @@ def now(config: Config, request: Request, chosen: Selection, gpus: Gpus, warning
         dri=dri.find(config, chosen.gpus) if set(dri.DRAWING) & set(request.capabilities) else [],
         nodes=nodes + feature_nodes,
         files=files + feature_files,
-        sockets=sockets.find(config.driver_root),
-        proc=procfs.read(config.proc_root),
     )
 
 

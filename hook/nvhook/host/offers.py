@@ -39,6 +39,8 @@ class Offers:
     nodes     of capabilities (cap_nodes.py) and of features (features.py); `files` go with them
     sockets   of the driver's daemons
     proc      what of /proc/driver/nvidia the container reads; None leaves the container's /proc as it is
+
+    The last two are no nodes: host.now() leaves them to Start.draw, which the low-level runtime does not wait for.
     """
 
     __slots__ = ("dri", "files", "gpus", "nodes", "proc", "sockets")

@@ -38,12 +38,23 @@ def read(proc_root: str) -> DriverProc:
 
 def _read(path: str) -> str | None:
     try:
-        with open(path, encoding="utf-8", errors="replace") as file:
-            return file.read(_MAX_SIZE)
+        return text(path)
     except FileNotFoundError:
         return None
     except OSError as error:
         raise DeviceError(f"read `{path}`: {reason(error)}") from None
+
+
+def text(path: str) -> str:
+    """A file below /proc, without the large buffer that open() takes for a file of unknown size. OSError."""
+    content = b""
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        while len(content) < _MAX_SIZE and (part := os.read(fd, 1 << 14)):
+            content += part
+    finally:
+        os.close(fd)
+    return content.decode("utf-8", "replace")
 
 
 def _leave_nodes_alone(params: str) -> str:
