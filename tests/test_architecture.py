@@ -92,6 +92,13 @@ def test_imports_go_one_way(path: Path) -> None:
     assert own not in ("linux", "formats") or rooms <= {own}
 
 
+def test_every_class_has_a_name_of_its_own() -> None:
+    """Who reads `Device` knows which one; private ones are known in their own module alone."""
+    nodes = (node for path in PROGRAM for node in ast.walk(ast.parse(path.read_text())))
+    names = [node.name for node in nodes if isinstance(node, ast.ClassDef) and not node.name.startswith("_")]
+    assert sorted(name for name in set(names) if names.count(name) > 1) == []
+
+
 def test_no_circle() -> None:
     names = {".".join(path.relative_to(HOOK.parent).with_suffix("").parts): path for path in CORE}
     names |= {".".join(path.relative_to(WRAPPER.parent).with_suffix("").parts): path for path in _sources(WRAPPER)}

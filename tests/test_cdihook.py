@@ -125,7 +125,7 @@ def test_chosen_are_those_that_can_be_opened(
 def specification(settings: Path, capabilities: tuple[str, ...] = ALL) -> Path:
     """Beside the config.toml."""
     path = settings.with_suffix(f".{'-'.join(capabilities)}.yaml")
-    wanted = cdispec.Wanted(
+    wanted = cdispec.SpecificationOptions(
         kind="nvidia.com/gpu",
         capabilities=capabilities,
         strategies=("index", "uuid"),

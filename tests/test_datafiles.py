@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from nvhook.driver import datafiles
-from nvhook.driver.records import File
+from nvhook.driver.records import DriverFile
 from nvhook.linux.root import DIRECTORY, Root
 
 V = "580.1.2"
@@ -198,7 +198,7 @@ def test_what_is_no_file(place: Place, kind: str) -> None:
 # JSON that names a place of the host
 
 
-def _found(place: Place) -> dict[str, File]:
+def _found(place: Place) -> dict[str, DriverFile]:
     root = Root(os.open(place.root, DIRECTORY))
     found = datafiles.find(root, [LIB], V, place.warnings)
     os.close(root.fd)

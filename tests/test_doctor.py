@@ -28,7 +28,7 @@ import docpages
 from nvhook.commands.configure.engines import ENGINES
 from nvhook.commands.doctor import checks_engines, findings
 from nvhook.commands.doctor import command as doctor
-from nvhook.commands.hostview import Host
+from nvhook.commands.hostview import HostView
 from nvhook.driver import inventory
 from nvhook.request import config as configuration
 from patients import Patient
@@ -283,7 +283,7 @@ def test_containerd_has_one_cgroup_driver(patient: Patient, systemd: str, status
 def test_files_of_engines_are_those_that_configure_writes(patient: Patient) -> None:
     """What `configure` has written, `doctor` reads."""
     for name, engine in ENGINES.items():
-        host = Host(configuration.load(str(patient.config)), str(patient.config), str(patient.root))
+        host = HostView(configuration.load(str(patient.config)), str(patient.config), str(patient.root))
         place = patient.root / engine.default_file.lstrip("/")
         words = ["--config-file", str(place), "--runtime-path", str(containers.WRAPPER)]
         place.parent.mkdir(parents=True, exist_ok=True)

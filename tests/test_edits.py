@@ -19,7 +19,7 @@ import pytest
 
 from nvhook.container import edits
 from nvhook.container.container import Container
-from nvhook.container.edits import Device, Edit, File, Mount, Symlink, Tmpfs
+from nvhook.container.edits import Device, Edit, Mount, Symlink, Tmpfs, WrittenFile
 from nvhook.container.linkercache import Ldcache
 from nvhook.errors import MountError, NvhookError
 from nvhook.linux import kernel, ldcache, tmpfs
@@ -425,7 +425,7 @@ def cover(*, only_over: bool = True) -> list[Edit]:
     top = Tmpfs(PROC, only_over=only_over)
     return [
         top,
-        File(top, "params", "ModifyDeviceFiles: 0\n"),
+        WrittenFile(top, "params", "ModifyDeviceFiles: 0\n"),
         Mount("/proc/version", f"{PROC}/capabilities/mig/config", PROC_OPTIONS, inside=top),
         Mount("/proc/tty", f"{PROC}/gpus/0000:07:00.0", PROC_OPTIONS, "directory", inside=top),
     ]
@@ -524,7 +524,7 @@ def test_tmpfs_on_what_is_no_directory(place: Place, trap: str, only_over: bool)
         target.symlink_to(LINKS[trap].format(canary=place.canary).replace("/file", "").replace("libx.so.1.2", "nvidia"))
     edit = Tmpfs(PROC, only_over=only_over)
     before = tree(place.directory)
-    line = place.apply(edit, File(edit, "params", "x"), after=lambda: _no_mounts(place))
+    line = place.apply(edit, WrittenFile(edit, "params", "x"), after=lambda: _no_mounts(place))
     assert line.startswith(f"mount error: mount a tmpfs on `{PROC}`: the image has a")
     assert before == tree(place.directory)
 
@@ -534,7 +534,7 @@ def test_tmpfs_below_a_link_stays_inside(place: Place, link: str) -> None:
     (place.root / "proc").symlink_to(ANCESTORS[link].format(canary=place.canary).replace("lib64", "proc"))
     before = tree(place.canary)
     edit = Tmpfs(PROC)
-    place.apply(edit, File(edit, "params", "x"))
+    place.apply(edit, WrittenFile(edit, "params", "x"))
     assert before == tree(place.canary)
 
 
@@ -553,7 +553,7 @@ def test_tmpfs_directory_swapped_for_a_link(place: Place, monkeypatch: pytest.Mo
     before = tree(place.canary)
     monkeypatch.setattr(edits, "look", quick)
     edit = Tmpfs(PROC)
-    line = place.apply(edit, File(edit, "params", "x"), after=lambda: _no_mounts(place))
+    line = place.apply(edit, WrittenFile(edit, "params", "x"), after=lambda: _no_mounts(place))
     assert line.startswith(f"mount error: mount a tmpfs on `{PROC}`: ")
     assert before == tree(place.canary)
 
@@ -571,13 +571,15 @@ def test_file_is_written_where_the_tmpfs_is(place: Place) -> None:
         _is(place, "/gone/driver/nvidia/params", "x")
         assert os.listdir(place.root / PROC[1:]) == []
 
-    assert place.apply(edit, Swap(), File(edit, "params", "x"), after=look) == ""
+    assert place.apply(edit, Swap(), WrittenFile(edit, "params", "x"), after=look) == ""
 
 
 def test_file_twice(place: Place) -> None:
     edit = Tmpfs(PROC)
     before = tree(place.root)
-    line = place.apply(edit, File(edit, "params", "x"), File(edit, "params", "y"), after=lambda: _no_mounts(place))
+    line = place.apply(
+        edit, WrittenFile(edit, "params", "x"), WrittenFile(edit, "params", "y"), after=lambda: _no_mounts(place)
+    )
     assert line == f"mount error: write `{PROC}/params`: file exists"
     assert before == tree(place.root)
 
@@ -592,7 +594,7 @@ def test_tmpfs_modes_whatever_the_umask(place: Place, mask: int) -> None:
 
     former = os.umask(mask)
     try:
-        assert place.apply(edit, File(edit, "params", "x"), after=look) == ""
+        assert place.apply(edit, WrittenFile(edit, "params", "x"), after=look) == ""
     finally:
         os.umask(former)
 

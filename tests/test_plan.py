@@ -15,7 +15,7 @@ import pytest
 from nvhook import cli, plan
 from nvhook.container.container import Layout
 from nvhook.container.edits import Mount
-from nvhook.driver.records import Binary, Driver, File, Library
+from nvhook.driver.records import Binary, Driver, DriverFile, Library
 from nvhook.errors import DeviceError, DriverError
 from nvhook.host.dri import DriNode
 from nvhook.host.gpus import Gpu, Gpus
@@ -50,8 +50,8 @@ LIBRARIES = [
 ]
 BINARIES = [Binary("/host/bin/smi-9.1", "nvidia-smi", "utility"), Binary("/host/bin/mps", "mps", "compute")]
 FILES = [
-    File("/host/x/libglxserver_nvidia.so.9.1", "/usr/lib/x/libglxserver_nvidia.so.9.1", ("display",)),
-    File("/host/share/icd.json", "/usr/share/icd.json", ("display", "graphics")),
+    DriverFile("/host/x/libglxserver_nvidia.so.9.1", "/usr/lib/x/libglxserver_nvidia.so.9.1", ("display",)),
+    DriverFile("/host/share/icd.json", "/usr/share/icd.json", ("display", "graphics")),
 ]
 SOCKETS = [
     Socket("/host/run/p", "/run/p", "socket", ("utility",)),
@@ -123,7 +123,7 @@ def _plan(capabilities: str, driver: Driver, gpus: Gpus | None = None) -> list[s
 
 
 def test_file_for_32_bit_programs_with_compat32_alone() -> None:
-    driver = Driver("9.1", [], [], [File("/host/icd.i686", "/etc/icd.i686", ("graphics",), bits=32)])
+    driver = Driver("9.1", [], [], [DriverFile("/host/icd.i686", "/etc/icd.i686", ("graphics",), bits=32)])
     assert _plan("graphics", driver) == [CONTROL]
     assert _plan("graphics compat32", driver) == ["/host/icd.i686 > /etc/icd.i686", CONTROL]
     assert _plan("compat32", driver) == [CONTROL]

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from nvhook.commands.info import processes
-from nvhook.commands.info.processes import Container, Process
+from nvhook.commands.info.processes import ContainerId, Process
 
 ID = "4f1b9e06c2d75a38e9b0f4467d1c83a52e90bb17f6d84c3e0a95d2718c6fe34b"
 OTHER = ID[::-1]
@@ -36,7 +36,7 @@ def test_find(tmp_path: Path) -> None:
     _process(tmp_path, 5)
     (tmp_path / "self").symlink_to("3")
     assert processes.find(str(tmp_path)) == (
-        [Process(3, "python3", (0,), Container("docker", ID)), Process(20, "python3", (2, 10), None)],
+        [Process(3, "python3", (0,), ContainerId("docker", ID)), Process(20, "python3", (2, 10), None)],
         0,
     )
 
@@ -142,7 +142,7 @@ def test_find_as_an_ordinary_user_counts_the_others() -> None:
     ],
 )
 def test_of_cgroup(path: str, expected: tuple[str, str] | None) -> None:
-    container = Container(*expected) if expected else None
+    container = ContainerId(*expected) if expected else None
     assert processes.of_cgroup(f"0::{path}\n") == container
     assert processes.of_cgroup(f"12:pids:{path}\n1:name=systemd:{path}\n0::/\n") == container
 
@@ -155,9 +155,9 @@ def test_of_cgroup_odd(text: str) -> None:
 @pytest.mark.parametrize(
     ("container", "shown"),
     [
-        (Container("podman", ID), f"podman {ID[:12]}"),
-        (Container("lxc", "a-long-name-of-lxc"), "lxc a-long-name-of-lxc"),
+        (ContainerId("podman", ID), f"podman {ID[:12]}"),
+        (ContainerId("lxc", "a-long-name-of-lxc"), "lxc a-long-name-of-lxc"),
     ],
 )
-def test_container_as_people_know_it(container: Container, shown: str) -> None:
+def test_container_as_people_know_it(container: ContainerId, shown: str) -> None:
     assert str(container) == shown

@@ -8,7 +8,7 @@ list is in place. Two runs on one host give the same list.
 
 from __future__ import annotations
 
-from .container.edits import Device, Edit, File, Mount, Symlink, Tmpfs
+from .container.edits import Device, Edit, Mount, Symlink, Tmpfs, WrittenFile
 from .container.linkercache import Ldcache
 from .errors import DeviceError, DriverError
 from .host.procfs import DIRECTORY as PROC
@@ -59,7 +59,7 @@ INDISPENSABLE = {"compute": "libcuda.so.1", "utility": "libnvidia-ml.so.1"}
 def make(request: Request, chosen: Selection, offers: Offers, driver: Driver, layout: Layout) -> list[Edit]:
     """The edits for a container of this `layout`. DriverError or DeviceError where the host lacks a part."""
     libraries = _libraries(request, driver)
-    asked = set(request.capabilities)
+    capabilities = set(request.capabilities)
     edits = covers(request.capabilities, chosen, offers)
     directories = [layout.compat] if layout.compat else []
     names = []
@@ -75,19 +75,21 @@ def make(request: Request, chosen: Selection, offers: Offers, driver: Driver, la
     needed = dict.fromkeys(directory for binary in binaries for directory in binary.directories)
     edits += [Mount(source, place, _READ_ONLY, "directory") for source, place in needed]
     files = [
-        item for item in driver.files if asked & set(item.capabilities) and (item.bits == 64 or "compat32" in asked)
+        item
+        for item in driver.files
+        if capabilities & set(item.capabilities) and (item.bits == 64 or "compat32" in capabilities)
     ]
     edits += [Mount(item.path, item.destination, _READ_ONLY) for item in files]
     edits += [
         Mount(item.path, item.destination, _WRITABLE, item.what)
         for item in offers.sockets
-        if asked & set(item.capabilities)
+        if capabilities & set(item.capabilities)
     ]
     edits += [Mount(item.path, item.destination, _DATA, item.what) for item in offers.files if not _is_proc(item)]
     for library in libraries:
         directory = _directory(library, layout)
         edits += _links(library, directory)
-        if library.soname == _GBM_LIBRARY and asked & {"display", "graphics"}:
+        if library.soname == _GBM_LIBRARY and capabilities & {"display", "graphics"}:
             edits.append(Symlink(f"{directory}/{_GBM_BACKEND}", f"../{library.name}"))
     # The X server opens its module by a name without the version.
     edits += [
@@ -116,7 +118,7 @@ def _proc(proc: DriverProc | None, chosen: list[Gpu], files: list[HostFile]) -> 
         return []
     cover = Tmpfs(PROC, only_over=True, in_proc=True)
     edits: list[Edit] = [cover]
-    edits += [File(cover, name, content) for name, content in sorted(proc.files.items())]
+    edits += [WrittenFile(cover, name, content) for name, content in sorted(proc.files.items())]
     for gpu in chosen:
         place = f"gpus/{gpu.pci}"
         edits.append(Mount(f"{proc.path}/{place}", f"{PROC}/{place}", _DATA, "directory", inside=cover))
@@ -128,13 +130,13 @@ def _is_proc(item: HostFile) -> bool:
     return item.destination.startswith(f"{PROC}/")
 
 
-def _profile(asked: set[str], chosen: list[Gpu]) -> list[Edit]:
+def _profile(capabilities: set[str], chosen: list[Gpu]) -> list[Edit]:
     """What tells EGL which GPUs to look at: the minors of the others have no nodes in the container."""
-    if not chosen or not asked & {"display", "graphics"}:
+    if not chosen or not capabilities & {"display", "graphics"}:
         return []
     cover = Tmpfs(_PROFILES)
     mask = sum(1 << gpu.minor for gpu in chosen)
-    return [cover, File(cover, "10-container.conf", _PROFILE % mask)]
+    return [cover, WrittenFile(cover, "10-container.conf", _PROFILE % mask)]
 
 
 def devices(capabilities: Sequence[str], chosen: list[Gpu], offers: Offers) -> list[Device]:
@@ -173,9 +175,11 @@ def devices(capabilities: Sequence[str], chosen: list[Gpu], offers: Offers) -> l
 
 
 def _libraries(request: Request, driver: Driver) -> list[Library]:
-    asked = set(request.capabilities)
+    capabilities = set(request.capabilities)
     for capability, soname in INDISPENSABLE.items():
-        if capability in asked and not any(item.soname == soname and item.bits == 64 for item in driver.libraries):
+        if capability in capabilities and not any(
+            item.soname == soname and item.bits == 64 for item in driver.libraries
+        ):
             raise DriverError(
                 f"`{capability}` is asked for and driver {driver.version} on this host has no {soname}",
                 "install the driver package that holds it",
@@ -183,7 +187,7 @@ def _libraries(request: Request, driver: Driver) -> list[Library]:
     return [
         library
         for library in driver.libraries
-        if asked & set(library.capabilities) and (library.bits == 64 or "compat32" in asked)
+        if capabilities & set(library.capabilities) and (library.bits == 64 or "compat32" in capabilities)
     ]
 
 

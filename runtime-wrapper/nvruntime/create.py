@@ -35,7 +35,7 @@ _PROGRAM = "nvidia-container-runtime"
 def main(call: Call, stay: Callable[[Start], str] | None = None) -> int:
     """Edit the container's config.json: 0, or 1 with the error on stderr and in the runtime's log. `stay`: see edit."""
     warnings: list[str] = []
-    log = Log(call.arguments)
+    log = EngineLog(call.arguments)
     trail = None
     try:
         config = configuration.load(call.config_path, must_exist=call.must_exist)
@@ -154,7 +154,7 @@ def _add_hooks(document: Json, start: Start, hook: str, child: str) -> None:
         bundle.add_hook(document, "poststop", hook, ["--state-dir", config.state_dir], spec.HOOK_ENV)
 
 
-class Log:
+class EngineLog:
     """The files that the engine reads to tell its user why a container did not start: runc's `--log`, in its format.
 
     A log that cannot be written is no reason not to start a container, and there is nowhere to say so.

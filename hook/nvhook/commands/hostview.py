@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from nvhook.request.config import Config
 
 
-class Host:
+class HostView:
     """`files` is the host's root directory; `proc`, `sys` and `dev` are paths; `is_here`: they are this machine's."""
 
     __slots__ = ("config", "config_path", "dev", "files", "is_here", "proc", "root", "sys")

@@ -237,7 +237,7 @@ def _has_proc(root: Root) -> bool:
         os.close(fd)
 
 
-class File(Edit):
+class WrittenFile(Edit):
     """A new file with `content` in a tmpfs of ours, with which it goes; `name` is of one component."""
 
     __slots__ = ("_inside", "_name", "content")
@@ -289,7 +289,7 @@ class Mount(Edit):
         self.destination = destination
         self.options = options
         self.what = what
-        self._source: bind.Source | None = None
+        self._source: bind.BindSource | None = None
 
     def describe(self) -> dict[str, object]:
         return {
@@ -305,7 +305,7 @@ class Mount(Edit):
                 raise SourceGone(self.source)  # what is removed cannot be mounted any more
             return
         try:
-            self._source = bind.Source(self.source, self.options)
+            self._source = bind.BindSource(self.source, self.options)
             if stat.S_IFMT(os.fstat(self._source.fd).st_mode) != _MOUNTABLE[self.what][0]:
                 raise SourceGone(self.source)
             self._source.clone()
@@ -367,7 +367,7 @@ class Device(Edit):
         self.uid = uid
         self.gid = gid
         self._host_path = ""
-        self._source: bind.Source | None = None
+        self._source: bind.BindSource | None = None
         self._is_cloned = False
 
     def describe(self) -> dict[str, object]:
@@ -401,9 +401,9 @@ class Device(Edit):
                 raise MountError(f"open `{self._host_path}`: {reason(error)}") from None
             self._is_cloned = True
 
-    def _open(self) -> bind.Source | None:
+    def _open(self) -> bind.BindSource | None:
         try:
-            source = bind.Source(self._host_path, _NODE_BIND_OPTIONS)
+            source = bind.BindSource(self._host_path, _NODE_BIND_OPTIONS)
         except OSError:
             return None
         if self._is_this(os.fstat(source.fd)):
@@ -550,7 +550,7 @@ class Symlink(Edit):
         # A `..` counts from where the directory really is, and ends at the container's root.
         directory = container.root.open(os.path.join(os.path.dirname(self.path), beside), DIRECTORY)
         try:
-            source = bind.Source(file, ("ro", "nosuid", "nodev"), directory)
+            source = bind.BindSource(file, ("ro", "nosuid", "nodev"), directory)
             try:
                 if not stat.S_ISREG(os.fstat(source.fd).st_mode):
                     raise OSError(errno.EEXIST, f"`{self.target}` beside it is no regular file")

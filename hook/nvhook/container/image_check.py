@@ -60,7 +60,7 @@ _PRELOAD, _MAX_PRELOAD = "/etc/ld.so.preload", 4096
 
 def check(
     config: Config,
-    asked: Request,
+    request: Request,
     driver: Driver,
     root: Root,
     layout: Layout,
@@ -69,7 +69,7 @@ def check(
     """At a container's start: what is grave goes to `warnings` and to the log, or is a ContainerError if config.toml
     is strict. An image that takes too long to examine has no findings."""
     try:
-        findings = examine(asked, driver, root.optional, layout)
+        findings = examine(request, driver, root.optional, layout)
     except OutOfTimeError:
         return
     for finding in findings:
@@ -79,31 +79,31 @@ def check(
         audit.warn(config, f"container at `{os.readlink(f'/proc/self/fd/{root.fd}')}`: {warnings[-1]}")
 
 
-def examine(asked: Request, driver: Driver, root: Root, layout: Layout, *, thorough: bool = False) -> list[Finding]:
+def examine(request: Request, driver: Driver, root: Root, layout: Layout, *, thorough: bool = False) -> list[Finding]:
     """What is grave; `thorough`: and every library that cannot be loaded, whether or not somebody wants it.
 
     `root` is the image's, `layout` where the libraries come in it.
     """
-    first = _first(asked, driver)
+    first = _first(request, driver)
     if not first:
         return []
-    image = Image(root, layout, asked.library_path)
+    image = Image(root, layout, request.library_path)
     try:
-        findings = _of_another_kind(asked, image)
+        findings = _of_another_kind(request, image)
         if not findings and image.libc:
             findings = _unusable(first, driver, image)
             if thorough:
-                findings += _lacking(asked, driver, image)
+                findings += _lacking(request, driver, image)
         paths = {item.soname: item.path for libraries in first.values() for item in libraries}
         return findings + _shadowing(paths, image) + _preloaded(paths, image, thorough=thorough)
     finally:
         image.close()
 
 
-def _first(asked: Request, driver: Driver) -> dict[str, list[Library]]:
+def _first(request: Request, driver: Driver) -> dict[str, list[Library]]:
     """Capability that is asked for -> those of _FIRST that the driver has."""
     found = {}
-    for capability in asked.capabilities:
+    for capability in request.capabilities:
         names = _FIRST.get(capability, ())
         libraries = [item for item in driver.libraries if item.bits == 64 and item.soname in names]
         if libraries:
@@ -111,7 +111,7 @@ def _first(asked: Request, driver: Driver) -> dict[str, list[Library]]:
     return found
 
 
-def _of_another_kind(asked: Request, image: Image) -> list[Finding]:
+def _of_another_kind(request: Request, image: Image) -> list[Finding]:
     """An image for another machine, or with another C library. One without any has static programs, and is let be."""
     if image.libc or image.root.exists(_LOADER):
         return []
@@ -119,7 +119,7 @@ def _of_another_kind(asked: Request, image: Image) -> list[Finding]:
         what = f"the image's C library is musl (`{_MUSL}`), and the driver's libraries and programs need glibc"
         return [Finding(what, "take an image with glibc, such as one of Debian, Ubuntu or Fedora")]
     for loader, machine in _OTHER_LOADERS:
-        if image.root.exists(loader) and not (machine == "32-bit x86" and "compat32" in asked.capabilities):
+        if image.root.exists(loader) and not (machine == "32-bit x86" and "compat32" in request.capabilities):
             what = f"the image is for {machine} (`{loader}`), and the driver of this host for {os.uname().machine}"
             return [Finding(what, "take the image for this machine (`docker pull --platform`)")]
     return []
@@ -167,11 +167,11 @@ def _missing(library: Library, image: Image) -> list[str]:
     return [name for name in library.foreign if not name.startswith("ld-") and not image.has(name)]
 
 
-def _lacking(asked: Request, driver: Driver, image: Image) -> list[Finding]:
+def _lacking(request: Request, driver: Driver, image: Image) -> list[Finding]:
     """What libraries in the plan lack in the image, one line for those that fail together."""
     users: dict[str, list[str]] = {}
     for item in driver.libraries:
-        if item.bits != 64 or not set(item.capabilities) & set(asked.capabilities):
+        if item.bits != 64 or not set(item.capabilities) & set(request.capabilities):
             continue
         lacks = _missing(item, image)
         if image.libc and item.glibc > image.libc[1]:

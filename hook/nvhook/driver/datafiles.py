@@ -17,7 +17,7 @@ import stat
 
 from nvhook.linux.root import Root
 
-from .records import File
+from .records import DriverFile
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -83,7 +83,7 @@ _SYSTEM = ("/usr/lib", "/lib", "/usr/lib32", "/lib32", "/usr/lib64", "/lib64", "
 
 def find(
     root: Root, directories: list[str], version: str, warnings: list[str], firmware: Sequence[str] = ("/lib/firmware",)
-) -> list[File]:
+) -> list[DriverFile]:
     """What goes with the libraries of driver `version`; `directories` are those that may hold them, best first.
 
     `firmware` is firmware_directories(). JSON that cannot be read would stop a loader, or make it forget the driver:
@@ -120,7 +120,7 @@ def firmware_directories(proc_root: str, driver_root: str) -> list[str]:
     ]
 
 
-def _shared(root: Root, beside: list[str], version: str, warnings: list[str]) -> list[File]:
+def _shared(root: Root, beside: list[str], version: str, warnings: list[str]) -> list[DriverFile]:
     # An empty place is the driver root itself, which is where GKE has its vulkan/.
     places = dict.fromkeys(["/usr/share", "/etc", "/usr/local/share", *(f"{place}/share" for place in beside), ""])
     files = []
@@ -133,16 +133,18 @@ def _shared(root: Root, beside: list[str], version: str, warnings: list[str]) ->
                 if path and content is not None:
                     keeps = "/etc" if place == "/etc" else "/usr/share"
                     bits = 32 if name in _32_BIT else 64
-                    files.append(File(path, f"{keeps}/{directory}/{name}", capabilities, bits=bits, content=content))
+                    files.append(
+                        DriverFile(path, f"{keeps}/{directory}/{name}", capabilities, bits=bits, content=content)
+                    )
                     break
     return files
 
 
-def _opencl(root: Root, beside: list[str]) -> list[File]:
+def _opencl(root: Root, beside: list[str]) -> list[DriverFile]:
     for place in dict.fromkeys(["/etc", *(f"{place}/etc" for place in beside)]):
         path = root.real_path(f"{place}/{_OPENCL}", stat.S_IFREG)
         if path:
-            return [File(path, f"/etc/{_OPENCL}", ("compute",), content=_opencl_content(path))]
+            return [DriverFile(path, f"/etc/{_OPENCL}", ("compute",), content=_opencl_content(path))]
     return []
 
 
@@ -156,7 +158,7 @@ def _opencl_content(path: str) -> str:
     return f"{os.path.basename(line)}\n" if "/" in line else ""
 
 
-def _xorg(root: Root, directories: list[str], version: str) -> list[File]:
+def _xorg(root: Root, directories: list[str], version: str) -> list[DriverFile]:
     """The X server's modules, under the name of the file where that holds the version: the plan makes the link."""
     places = [
         f"{directory}/{below}"
@@ -169,7 +171,7 @@ def _xorg(root: Root, directories: list[str], version: str) -> list[File]:
             path = root.real_path(f"{place}/{name}", stat.S_IFREG)
             real_name = os.path.basename(path)
             if path and real_name in names:
-                files.append(File(path, f"{_in_system(place)}/{real_name}", _DISPLAY))
+                files.append(DriverFile(path, f"{_in_system(place)}/{real_name}", _DISPLAY))
                 break
     return files
 
@@ -185,7 +187,7 @@ def _in_system(directory: str) -> str:
     return "/".join(["/usr", *parts[libraries[0] :]]) if libraries else directory
 
 
-def _firmware(root: Root, places: list[str], version: str) -> list[File]:
+def _firmware(root: Root, places: list[str], version: str) -> list[DriverFile]:
     """That of the GPU system processor, whole from the first place that has any."""
     for place in dict.fromkeys(places):
         directory = f"{place}/nvidia/{version}"
@@ -194,7 +196,7 @@ def _firmware(root: Root, places: list[str], version: str) -> list[File]:
         for name in root.names(directory)[:_MAX_NAMES]:
             path = root.real_path(f"{directory}/{name}", stat.S_IFREG)
             if path and name.startswith("gsp") and name.endswith(".bin"):
-                files.append(File(path, f"{keeps}/{name}", ("compute", "utility")))
+                files.append(DriverFile(path, f"{keeps}/{name}", ("compute", "utility")))
         if files:
             return files
     return []

@@ -22,7 +22,7 @@ from nvhook.formats import quickjson
 from nvhook.linux import files, trusted_dir
 from nvhook.request.config import Config
 
-from .records import Binary, Driver, File, Library
+from .records import Binary, Driver, DriverFile, Library
 
 NAME = "inventory.json"
 _NVML_NAME = "nvml.json"
@@ -329,7 +329,7 @@ def _driver(inventory: Json) -> Driver:
             for item in _members(inventory, "binaries", _BINARY)
         ],
         [
-            File(item["path"], item["destination"], tuple(item["capabilities"]), bits=item["bits"])
+            DriverFile(item["path"], item["destination"], tuple(item["capabilities"]), bits=item["bits"])
             for item in _members(inventory, "files", _FILE)
         ],
     )

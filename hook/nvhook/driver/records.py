@@ -58,7 +58,7 @@ class Binary(Record):
     directories: tuple[tuple[str, str], ...] = ()
 
 
-class File(Record):
+class DriverFile(Record):
     """`path` on the host, without links; `destination` in the container, whatever its family.
 
     bits       32 for what 32-bit programs alone read
@@ -79,4 +79,4 @@ class Driver(Record):
     version: str
     libraries: list[Library]
     binaries: list[Binary]
-    files: list[File]
+    files: list[DriverFile]

@@ -13,7 +13,7 @@ from nvhook.linux.root import DIRECTORY, Root
 from nvhook.request.config import CAPABILITIES
 
 from . import discovery
-from .records import Binary, Driver, File, Library
+from .records import Binary, Driver, DriverFile, Library
 
 _DXCORE = "/usr/lib/wsl/lib/libdxcore.so"
 _SMI = "nvidia-smi"
@@ -34,6 +34,6 @@ def discover(driver_root: str, store: str, *, opened: type[Root] = Root) -> Driv
         elif header is not None and name == _SMI:
             binaries.append(Binary(real, name, "utility"))
         elif real and name.endswith((".bin", ".dll")):
-            files.append(File(real, path, CAPABILITIES))
+            files.append(DriverFile(real, path, CAPABILITIES))
     os.close(root.fd)
     return Driver(store, libraries, binaries, files)

@@ -29,7 +29,7 @@ _OPTIONS = {
 }
 
 
-class Source:
+class BindSource:
     """A file to be bound elsewhere: `fd` is an O_PATH descriptor of it, and of the clone where there is one."""
 
     __slots__ = ("_cloned", "_directory", "_options", "_path", "fd")

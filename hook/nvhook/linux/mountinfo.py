@@ -10,7 +10,7 @@ from __future__ import annotations
 _MAX_DIGITS = 10  # of a mount's id
 
 
-class Mount:
+class MountEntry:
     """`root` is what of the file system is mounted, its end `//deleted` if that is gone; `point` where it is, and
     `parent` the id of the mount that it is on."""
 
@@ -24,25 +24,25 @@ class Mount:
         self.fstype = fstype
 
 
-def mounts(text: str) -> list[Mount]:
+def mounts(text: str) -> list[MountEntry]:
     """All of them, in the kernel's order."""
     return [mount for line in text.split("\n") if (mount := _mount(line))]
 
 
-def at(text: str, point: str) -> list[Mount]:
+def at(text: str, point: str) -> list[MountEntry]:
     """Those whose mount point is `point`, in the kernel's order; only lines with that path in them are read."""
     field = f" {escape(point)} "
     found = [_mount(line) for line in text.split("\n") if field in line]
     return [mount for mount in found if mount and mount.point == point]
 
 
-def topmost(stack: list[Mount]) -> Mount:
+def topmost(stack: list[MountEntry]) -> MountEntry:
     """Of several mounts at one point the one that is seen there: none of the others is on it."""
     below = {mount.parent for mount in stack}
     return next((mount for mount in reversed(stack) if mount.id not in below), stack[-1])
 
 
-def below(text: str, stack: list[Mount]) -> Mount | None:
+def below(text: str, stack: list[MountEntry]) -> MountEntry | None:
     """The mount that the lowest of the `stack`, mounts at one point, is on; None where the process cannot reach it."""
     ids = {mount.id for mount in stack}
     wanted = {mount.parent for mount in stack} - ids
@@ -53,12 +53,12 @@ def below(text: str, stack: list[Mount]) -> Mount | None:
     return None
 
 
-def _mount(line: str) -> Mount | None:
+def _mount(line: str) -> MountEntry | None:
     fields = line.split(" ")
     if len(fields) < 7 or "-" not in fields[6:-1] or not (_is_id(fields[0]) and _is_id(fields[1])):
         return None  # no line of the kernel's
     fstype = fields[fields.index("-", 6) + 1]
-    return Mount(int(fields[0]), int(fields[1]), unescape(fields[3]), unescape(fields[4]), fstype)
+    return MountEntry(int(fields[0]), int(fields[1]), unescape(fields[3]), unescape(fields[4]), fstype)
 
 
 def _is_id(field: str) -> bool:

@@ -32,7 +32,7 @@ _TYPES = {"b": stat.S_ISBLK, "c": stat.S_ISCHR, "u": stat.S_ISCHR, "p": stat.S_I
 _MAX_PER_FILE = 20
 
 
-class Host:
+class HostDevices:
     """What there is now: the driver's version and the UUIDs that devices can have, empty where they are not known."""
 
     def __init__(self, config: Config, warnings: list[str]) -> None:
@@ -60,7 +60,7 @@ def _uuids(config: Config, found: Gpus, warnings: list[str]) -> set[str]:
 def examine(config: Config, directories: list[str], files: list[SpecFile], warnings: list[str]) -> list[Finding]:
     """What is wrong. The `object` of each is a file, or a directory."""
     found = [finding for directory in directories for finding in _directory(directory)]
-    host = Host(config, warnings)
+    host = HostDevices(config, warnings)
     for file in files:
         found += _bounded(file, [Finding(what, remedy, object=file.path) for what, remedy in _file(file, host)])
     if not files:
@@ -93,7 +93,7 @@ def _is_open_to_others(status: os.stat_result) -> bool:
     return status.st_uid not in (0, os.geteuid()) or bool(status.st_mode & 0o022)
 
 
-def _file(file: SpecFile, host: Host) -> Iterator[tuple[str, str]]:
+def _file(file: SpecFile, host: HostDevices) -> Iterator[tuple[str, str]]:
     """(what is wrong, remedy) of one file."""
     if file.fault:
         yield file.fault.what, file.fault.remedy

@@ -25,7 +25,7 @@ from nvhook.request.spec import HOOK
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from nvhook.commands import Subparsers
-    from nvhook.commands.cdi.files import Device, SpecFile
+    from nvhook.commands.cdi.files import CdiDevice, SpecFile
     from nvhook.request.config import Config
 
 _FORMATS = ("yaml", "json")
@@ -134,13 +134,13 @@ def _format(output: str, wanted: str | None) -> str:
     return ending
 
 
-def _wanted(options: argparse.Namespace, config: Config) -> cdispec.Wanted:
+def _wanted(options: argparse.Namespace, config: Config) -> cdispec.SpecificationOptions:
     for what, name in (("vendor", options.vendor), ("class", options.device_class)):
         if not _NAME.fullmatch(name):
             raise _CdiError(
                 f"`{name}` is no name of a {what}", "letters, digits, `_`, `.` and `-`; a letter is the first"
             )
-    return cdispec.Wanted(
+    return cdispec.SpecificationOptions(
         kind=f"{options.vendor}/{options.device_class}",
         capabilities=_capabilities(options.capabilities, config),
         strategies=tuple(options.device_name_strategy or ("index", "uuid")),
@@ -207,7 +207,7 @@ def _find(options: argparse.Namespace) -> list[SpecFile]:
         raise _CdiError(f"read {fault.what}", fault.remedy) from None
 
 
-def _describe(device: Device) -> dict[str, str]:
+def _describe(device: CdiDevice) -> dict[str, str]:
     other = {"other_file": device.other} if device.other else {}
     return {"name": device.name, "file": device.file.path, "state": device.state or "usable", **other}
 
@@ -215,7 +215,7 @@ def _describe(device: Device) -> dict[str, str]:
 _STATES = {"conflict": "conflicts with", "overridden": "overridden by"}
 
 
-def _print_devices(files: list[SpecFile], devices: list[Device]) -> None:
+def _print_devices(files: list[SpecFile], devices: list[CdiDevice]) -> None:
     from rich.console import Console
 
     console = Console(soft_wrap=True, highlight=False, markup=False, emoji=False)

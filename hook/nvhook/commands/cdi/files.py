@@ -57,7 +57,7 @@ class SpecFile:
             self.fault = fault
 
 
-class Device:
+class CdiDevice:
     """`state` is empty for one that containers can have, else `conflict` or `overridden`, by what `other` says."""
 
     def __init__(self, name: str, file: SpecFile) -> None:
@@ -85,13 +85,13 @@ def paths(directory: str, endings: tuple[str, ...] = _ENDINGS) -> list[str]:
     return [os.path.join(directory, name) for name in names]
 
 
-def devices(files: list[SpecFile]) -> list[Device]:
+def devices(files: list[SpecFile]) -> list[CdiDevice]:
     """Those of every readable file, and what becomes of each where several have one name, as engines have it.
 
     The directory with priority overrides the other; in one directory all of them are of no use, whoever overrides them.
     """
-    found = [Device(f"{file.document['kind']}={item['name']}", file) for file in files for item in _items(file)]
-    by_name: dict[str, list[Device]] = {}
+    found = [CdiDevice(f"{file.document['kind']}={item['name']}", file) for file in files for item in _items(file)]
+    by_name: dict[str, list[CdiDevice]] = {}
     for device in found:
         by_name.setdefault(device.name, []).append(device)
     for same in by_name.values():

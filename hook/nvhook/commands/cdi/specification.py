@@ -58,7 +58,7 @@ STRATEGIES = tuple(_GPU_NAMES)
 _ENV = ["NVIDIA_VISIBLE_DEVICES=void"]
 
 
-class Wanted(Record):
+class SpecificationOptions(Record):
     """kind         vendor and class, as in nvidia.com/gpu
     strategies   those of STRATEGIES
     version      of VERSIONS, or empty for the lowest that is enough
@@ -73,7 +73,7 @@ class Wanted(Record):
     hook_config: str
 
 
-def make(config: Config, wanted: Wanted, warnings: list[str]) -> Json:
+def make(config: Config, wanted: SpecificationOptions, warnings: list[str]) -> Json:
     """The specification, the same for the same host. As for a container start, kernel modules are loaded, missing nodes
     of the host made, and the inventory kept: what is named here has to be there when an engine looks for it."""
     request = Request(("all",), wanted.capabilities, (), "CDI")
@@ -105,7 +105,7 @@ def make(config: Config, wanted: Wanted, warnings: list[str]) -> Json:
     return document
 
 
-def _identified(config: Config, gpus: Gpus, wanted: Wanted, warnings: list[str]) -> list[hosts.Gpu]:
+def _identified(config: Config, gpus: Gpus, wanted: SpecificationOptions, warnings: list[str]) -> list[hosts.Gpu]:
     """A GPU that nothing has initialised has no UUID yet; NVML initialises it."""
     if "uuid" not in wanted.strategies or not any("?" in gpu.uuid for gpu in gpus.gpus):
         return gpus.gpus
@@ -140,7 +140,7 @@ def _nodes(start: Start, chosen: Selection) -> list[Device]:
     return plan.devices(start.request.capabilities, chosen.gpus, offers)
 
 
-def _devices(start: Start, wanted: Wanted) -> Iterator[tuple[str, Selection]]:
+def _devices(start: Start, wanted: SpecificationOptions) -> Iterator[tuple[str, Selection]]:
     """By name. A GPU that is divided into MIG devices is of no use by itself, and has no name."""
     gpus = start.gpus
     for gpu in gpus.gpus:
@@ -152,7 +152,9 @@ def _devices(start: Start, wanted: Wanted) -> Iterator[tuple[str, Selection]]:
     yield "all", start.chosen
 
 
-def _names(wanted: Wanted, names: dict[str, Callable[[Any], str]], thing: hosts.Gpu | MigDevice) -> list[str]:
+def _names(
+    wanted: SpecificationOptions, names: dict[str, Callable[[Any], str]], thing: hosts.Gpu | MigDevice
+) -> list[str]:
     return [names[strategy](thing) for strategy in STRATEGIES if strategy in wanted.strategies]
 
 
@@ -183,7 +185,7 @@ def _mount(mount: Mount) -> Json:
     return {"hostPath": mount.source, "containerPath": mount.destination, "options": options}
 
 
-def _hook(edits: list[Edit], wanted: Wanted) -> Json:
+def _hook(edits: list[Edit], wanted: SpecificationOptions) -> Json:
     words = [HOOK, "cdi", "--capabilities", ",".join(wanted.capabilities)]
     if wanted.hook_config:
         words += ["--config", wanted.hook_config]

@@ -35,7 +35,7 @@ _AS_ROOT = "run it as root"
 _MAX_FILE = 4 << 20
 
 
-class File:
+class ChangedFile:
     """A configuration file, its note if there is one, and what is to become of it.
 
     name       as the user and the engine know it; path is where it really is, links followed
@@ -171,7 +171,7 @@ class File:
         return [*made, self._notes] if not self._note_after else []
 
 
-def save(files: list[File]) -> None:
+def save(files: list[ChangedFile]) -> None:
     """Writes what has changed: all of it beside its place first, then each is renamed."""
     changed = [file for file in files if file.is_due]
     outputs = [output for file in changed for output in file.outputs()]

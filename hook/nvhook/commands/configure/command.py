@@ -13,7 +13,7 @@ import sys
 
 from nvhook.commands import load, program
 from nvhook.commands.configure import changes
-from nvhook.commands.configure.engines import ENGINES, SWARM_VARIABLE, Wanted
+from nvhook.commands.configure.engines import ENGINES, SWARM_VARIABLE, EngineOptions
 from nvhook.errors import ConfigError
 
 TYPE_CHECKING = False
@@ -75,7 +75,7 @@ def run(options: argparse.Namespace, warnings: list[str]) -> int:
     return 0
 
 
-def _wanted(options: argparse.Namespace, config: Config, engine: Engine) -> Wanted:
+def _wanted(options: argparse.Namespace, config: Config, engine: Engine) -> EngineOptions:
     name: str = options.runtime_name
     if not re.fullmatch("[A-Za-z0-9][A-Za-z0-9_.-]*", name) or name in ("runc", "crun"):
         raise ConfigError(f"`{name}` is no name for our runtime", "`nvidia` is the usual one")
@@ -84,7 +84,7 @@ def _wanted(options: argparse.Namespace, config: Config, engine: Engine) -> Want
             f"{engine.title} is not installed: no `{engine.signs[0]}` on the PATH, and no `{engine.signs[-1]}`",
             "install it first, or name its configuration with --config-file",
         )
-    return Wanted(
+    return EngineOptions(
         config=config,
         nvhook_config=options.config_path,
         runtime_name=name,

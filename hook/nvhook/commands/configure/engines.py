@@ -18,7 +18,7 @@ import re
 import shutil
 
 from nvhook.commands import containerdfiles
-from nvhook.commands.configure.changes import File
+from nvhook.commands.configure.changes import ChangedFile
 from nvhook.commands.configure.documents import Json, Toml, dotted, lookup, merged, same
 from nvhook.errors import ConfigError, DeviceError
 from nvhook.host import gpus
@@ -40,7 +40,7 @@ _CRI = {2: "io.containerd.grpc.v1.cri", 3: "io.containerd.cri.v1.runtime", 4: "i
 _RUNC_SHIM = "io.containerd.runc.v2"
 
 
-class Wanted:
+class EngineOptions:
     """The user's words. `runtime_path` is checked already; it is empty where nothing is to be registered."""
 
     __slots__ = (
@@ -90,11 +90,11 @@ class Engine:
     name = title = unit = default_file = ""
     signs: tuple[str, ...] = ()
 
-    def set(self, wanted: Wanted) -> list[File]:
+    def set(self, wanted: EngineOptions) -> list[ChangedFile]:
         """The files that have to say something, changed; nothing is written."""
         raise NotImplementedError
 
-    def places(self, wanted: Wanted) -> list[File]:
+    def places(self, wanted: EngineOptions) -> list[ChangedFile]:
         """Those that may have something of ours in them."""
         return [self._file(wanted)]
 
@@ -102,7 +102,7 @@ class Engine:
         """Where a file names the program of the runtime `name`, and where the default runtime."""
         raise NotImplementedError
 
-    def unset(self, wanted: Wanted) -> list[File]:
+    def unset(self, wanted: EngineOptions) -> list[ChangedFile]:
         files = self.places(wanted)
         for file in files:
             if not file.undo():
@@ -112,7 +112,7 @@ class Engine:
     def is_installed(self) -> bool:
         return any(os.path.exists(sign) if "/" in sign else shutil.which(sign) for sign in self.signs)
 
-    def _leftovers(self, file: File, wanted: Wanted) -> list[Path]:
+    def _leftovers(self, file: ChangedFile, wanted: EngineOptions) -> list[Path]:
         """Without a note: what names the very program that we would register, and nothing of anybody else's."""
         programs, defaults = self.registration(wanted.runtime_name)
         table = file.document.table
@@ -123,10 +123,10 @@ class Engine:
             path for path in defaults if lookup(table, path) == wanted.runtime_name
         ]
 
-    def _file(self, wanted: Wanted) -> File:
+    def _file(self, wanted: EngineOptions) -> ChangedFile:
         kind = Json if self.name == "docker" else Toml
         name = wanted.config_file or self.default_file
-        return File(name, kind, wanted.notes, make_directory=not wanted.config_file)
+        return ChangedFile(name, kind, wanted.notes, make_directory=not wanted.config_file)
 
 
 class Docker(Engine):
@@ -134,13 +134,13 @@ class Docker(Engine):
     default_file = "/etc/docker/daemon.json"
     signs = ("dockerd", default_file)
 
-    def set(self, wanted: Wanted) -> list[File]:
+    def set(self, wanted: EngineOptions) -> list[ChangedFile]:
         file = self._file(wanted)
         settings = self._settings(wanted, file.document.table)
         files = [file]
         if wanted.swarm_resource:
             settings += [(("node-generic-resources",), _generic_resources(wanted.config, file))]
-            ours = File(wanted.nvhook_config, Toml, wanted.notes, make_directory=True)
+            ours = ChangedFile(wanted.nvhook_config, Toml, wanted.notes, make_directory=True)
             ours.apply([(("swarm-resource",), _swarm_variables(ours.document.get(("swarm-resource",))))])
             files.append(ours)
             default = lookup(file.document.table, ("default-runtime",))
@@ -149,7 +149,7 @@ class Docker(Engine):
         file.apply(settings)
         return files
 
-    def _settings(self, wanted: Wanted, table: Table) -> Settings:
+    def _settings(self, wanted: EngineOptions, table: Table) -> Settings:
         place = ("runtimes", wanted.runtime_name)
         former = lookup(table, place)
         settings: Settings = [((*place, "path"), wanted.runtime_path)]
@@ -164,8 +164,8 @@ class Docker(Engine):
             settings.append((("features", "cdi"), True))
         return settings
 
-    def places(self, wanted: Wanted) -> list[File]:
-        return [self._file(wanted), File(wanted.nvhook_config, Toml, wanted.notes, make_directory=True)]
+    def places(self, wanted: EngineOptions) -> list[ChangedFile]:
+        return [self._file(wanted), ChangedFile(wanted.nvhook_config, Toml, wanted.notes, make_directory=True)]
 
     def registration(self, name: str) -> tuple[list[Path], list[Path]]:
         return [("runtimes", name, "path")], [("default-runtime",)]
@@ -176,7 +176,7 @@ class Containerd(Engine):
     default_file = "/etc/containerd/config.toml"
     signs = ("containerd", default_file)
 
-    def set(self, wanted: Wanted) -> list[File]:
+    def set(self, wanted: EngineOptions) -> list[ChangedFile]:
         main = self._file(wanted)
         version = _containerd_version(main)
         start: Settings = [] if main.document.table else [(("version",), version)]
@@ -194,7 +194,9 @@ class Containerd(Engine):
         target.apply([*start, *_cri_settings(wanted, plugin, own, together, target.document.table)])
         return [target]
 
-    def _set_in_drop_in(self, wanted: Wanted, main: File, start: Settings, plugin: Path, version: int) -> list[File]:
+    def _set_in_drop_in(
+        self, wanted: EngineOptions, main: ChangedFile, start: Settings, plugin: Path, version: int
+    ) -> list[ChangedFile]:
         drop_in = self._drop_in(main, wanted)
         imports = lookup(main.document.table, ("imports",)) or []
         if not isinstance(imports, list):
@@ -212,7 +214,7 @@ class Containerd(Engine):
         _refuse_overridden(drop_in, _later(main, drop_in, others, imports), settings)
         return [drop_in, main]
 
-    def places(self, wanted: Wanted) -> list[File]:
+    def places(self, wanted: EngineOptions) -> list[ChangedFile]:
         main = self._file(wanted)
         files = {file.path: file for file in [main, self._drop_in(main, wanted), *_load_order(main, wanted)]}
         return list(files.values())
@@ -224,9 +226,9 @@ class Containerd(Engine):
             [(*table, "default_runtime_name") for table in tables],
         )
 
-    def _drop_in(self, main: File, wanted: Wanted) -> File:
+    def _drop_in(self, main: ChangedFile, wanted: EngineOptions) -> ChangedFile:
         name = os.path.join(os.path.dirname(main.name), "conf.d/99-nvhook.toml")
-        return File(name, Toml, wanted.notes, make_directory=True)
+        return ChangedFile(name, Toml, wanted.notes, make_directory=True)
 
 
 class Crio(Engine):
@@ -234,7 +236,7 @@ class Crio(Engine):
     default_file = "/etc/crio/crio.conf.d/99-nvhook.toml"
     signs = ("crio", "/etc/crio")
 
-    def set(self, wanted: Wanted) -> list[File]:
+    def set(self, wanted: EngineOptions) -> list[ChangedFile]:
         file = self._file(wanted)
         runtime = ("crio", "runtime")
         place = (*runtime, "runtimes", wanted.runtime_name)
@@ -259,7 +261,7 @@ class Podman(Engine):
     default_file = "/etc/containers/containers.conf.d/99-nvhook.conf"
     signs = ("podman", "/etc/containers/containers.conf")
 
-    def set(self, wanted: Wanted) -> list[File]:
+    def set(self, wanted: EngineOptions) -> list[ChangedFile]:
         file = self._file(wanted)
         settings: Settings = [(("engine", "runtimes", wanted.runtime_name), [wanted.runtime_path])]
         if wanted.set_as_default:
@@ -288,7 +290,7 @@ def _is_program(value: object, path: str) -> bool:
 # Docker
 
 
-def _generic_resources(config: Config, file: File) -> list[object]:
+def _generic_resources(config: Config, file: ChangedFile) -> list[object]:
     """The node's GPUs in place of those it announced before; what it announces of other kinds stays."""
     found = gpus.read(config.proc_root).gpus
     if not found:
@@ -316,7 +318,7 @@ def _swarm_variables(before: object) -> object:
 # containerd
 
 
-def _containerd_version(main: File) -> int:
+def _containerd_version(main: ChangedFile) -> int:
     table = main.document.table
     if not table:
         # No file, or an empty one: as new as the containerd that is to read it allows.
@@ -349,12 +351,12 @@ def _output(*command: str) -> str:
     return done.stdout if done.returncode == 0 else ""
 
 
-def _is_disabled(main: File, plugin: str) -> bool:
+def _is_disabled(main: ChangedFile, plugin: str) -> bool:
     disabled = main.document.get(("disabled_plugins",))
     return isinstance(disabled, list) and bool({"cri", plugin, _CRI[2]} & {str(item) for item in disabled})
 
 
-def _cri_settings(wanted: Wanted, plugin: Path, own: object, merged: object, target: Table) -> Settings:
+def _cri_settings(wanted: EngineOptions, plugin: Path, own: object, merged: object, target: Table) -> Settings:
     """`own` is the table `containerd` of the file that is edited, `merged` that of all files together."""
     place = (*plugin, "containerd")
     runtimes = (*place, "runtimes")
@@ -420,16 +422,16 @@ def _leaves(path: Path, table: Table) -> Iterator[tuple[Path, object]]:
             yield (*path, key), value
 
 
-def _matches(main: File, pattern: object, name: str) -> bool:
+def _matches(main: ChangedFile, pattern: object, name: str) -> bool:
     return containerdfiles.matches(name, containerdfiles.absolute(main.name, pattern))
 
 
-def _load_order(main: File, wanted: Wanted) -> list[File]:
+def _load_order(main: ChangedFile, wanted: EngineOptions) -> list[ChangedFile]:
     """The files that containerd reads, one after the other: what an import says counts over what imports it."""
     files = {main.name: main}
 
     def read(name: str) -> Document:
-        files[name] = File(name, Toml, wanted.notes)
+        files[name] = ChangedFile(name, Toml, wanted.notes)
         return files[name].document
 
     root = Root(os.open("/", DIRECTORY))
@@ -439,7 +441,9 @@ def _load_order(main: File, wanted: Wanted) -> list[File]:
         os.close(root.fd)
 
 
-def _later(main: File, drop_in: File, others: list[File], imports: list[object]) -> list[File]:
+def _later(
+    main: ChangedFile, drop_in: ChangedFile, others: list[ChangedFile], imports: list[object]
+) -> list[ChangedFile]:
     """Those read after our drop-in: in the same pattern by their names, or in a later one, or imported by others."""
     ours = min(index for index, pattern in enumerate(imports) if _matches(main, pattern, drop_in.name))
     later = []
@@ -451,7 +455,7 @@ def _later(main: File, drop_in: File, others: list[File], imports: list[object])
     return later
 
 
-def _refuse_overridden(drop_in: File, later: list[File], settings: Settings) -> None:
+def _refuse_overridden(drop_in: ChangedFile, later: list[ChangedFile], settings: Settings) -> None:
     for file in later:
         for path, value in settings:
             found = file.document.get(path)

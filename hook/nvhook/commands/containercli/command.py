@@ -14,7 +14,7 @@ import time
 
 from nvhook import version as ours
 from nvhook.commands.containercli import options as containeroptions
-from nvhook.commands.containercli.log import Log
+from nvhook.commands.containercli.log import CommandLog
 from nvhook.commands.containercli.options import NAME, InputError
 from nvhook.errors import NvhookError, one_line
 from nvhook.request import config as configuration
@@ -35,11 +35,11 @@ _CLASSES = {"config": "initialization", "driver": "initialization", "request": "
 def main(arguments: list[str], default_config: str) -> int:
     """0 done, 1 anything else, with an error on stderr."""
     warnings: list[str] = []
-    log = Log(None, warnings)
+    log = CommandLog(None, warnings)
     try:
         options = containeroptions.parse(arguments, _version)
         os.environ.clear()  # LXC's hook has the variables of an image, and none of them says where a daemon listens
-        log = Log(options.debug, warnings)
+        log = CommandLog(options.debug, warnings)
         config = _settings(options, default_config, warnings)
         if options.command == "configure":
             from nvhook.commands.containercli import configure as containerconfigure
@@ -62,7 +62,7 @@ def _line(error: NvhookError) -> str:
     return _CLASSES.get(error.stage, error.stage) + str(error).removeprefix(error.stage)
 
 
-def _tell(log: Log, level: str, text: str) -> None:
+def _tell(log: CommandLog, level: str, text: str) -> None:
     print(one_line(f"{NAME}: {text}"), file=sys.stderr)
     log.write(level, text)
 

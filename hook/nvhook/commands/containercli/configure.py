@@ -29,7 +29,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     import argparse
 
-    from nvhook.commands.containercli.log import Log
+    from nvhook.commands.containercli.log import CommandLog
     from nvhook.request.config import Config
 
 
@@ -37,7 +37,7 @@ class _PermissionError(NvhookError):
     stage = "permission"
 
 
-def configure(options: argparse.Namespace, config: Config, warnings: list[str], log: Log) -> None:
+def configure(options: argparse.Namespace, config: Config, warnings: list[str], log: CommandLog) -> None:
     """All that is asked for, or an NvhookError and nothing."""
     start = Start(config, Spec(rootfs=options.rootfs), _request(options), options.rootfs, warnings)
     _adapt(config, options, warnings)
@@ -52,7 +52,7 @@ def configure(options: argparse.Namespace, config: Config, warnings: list[str], 
     trail.grant(start.chosen)
 
 
-def _apply(options: argparse.Namespace, start: Start, log: Log) -> None:
+def _apply(options: argparse.Namespace, start: Start, log: CommandLog) -> None:
     place = container.find(options.pid, options.rootfs) if options.pid else container.here(options.rootfs)
     start.choose()
     prestart.prepare(start, place.root)

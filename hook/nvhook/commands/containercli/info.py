@@ -123,10 +123,10 @@ _SELECTING = (
 def list_all(options: argparse.Namespace, config: Config, warnings: list[str]) -> None:
     """One path a line, without the driver root; each once."""
     _complete(options)
-    asked = _request(options, containeroptions.devices(options), ("compute", "display"))
-    found = host.read(config, asked.capabilities, warnings)
-    chosen = selection.choose(asked, found, reporter(config, found, warnings, keep=_may_keep()), warnings)
-    paths = _nodes(asked.capabilities, chosen, found) if options.device else []
+    request = _request(options, containeroptions.devices(options), ("compute", "display"))
+    found = host.read(config, request.capabilities, warnings)
+    chosen = selection.choose(request, found, reporter(config, found, warnings, keep=_may_keep()), warnings)
+    paths = _nodes(request.capabilities, chosen, found) if options.device else []
     paths += _capabilities(options, config, chosen, found)
     if options.libraries or options.binaries or options.ipcs or options.firmwares:
         paths += _files(options, config, inventory.load(config, found.driver_version, warnings, keep=_may_keep()))

@@ -8,7 +8,7 @@ import os
 from nvhook import audit
 
 
-class Log:
+class CommandLog:
     """`path` is what the option says; a file that cannot be written is a warning, and nothing is written."""
 
     def __init__(self, path: str | None, warnings: list[str]) -> None:

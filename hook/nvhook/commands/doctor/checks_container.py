@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     import subprocess
     from collections.abc import Iterator
 
-    from nvhook.commands.hostview import Host
+    from nvhook.commands.hostview import HostView
 
 _SMI = "nvidia-smi"
 _LIBRARIES = (
@@ -45,7 +45,7 @@ _MAX_CACHE = 64 << 20
 _ENVIRONMENT = {"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "XDG_RUNTIME_DIR": "/run"}
 
 
-def check_container(host: Host, chosen_runtime: str) -> Iterator[Finding]:
+def check_container(host: HostView, chosen_runtime: str) -> Iterator[Finding]:
     name = "test container"
     if os.geteuid() != 0 or not userns.is_first():
         yield skipped(name, "only root can start it", "sudo nvhook doctor")
@@ -81,7 +81,7 @@ def _judge(name: str, done: subprocess.CompletedProcess[str] | None, expected: i
     return ok(name, f"starts, and nvidia-smi sees {several(seen, 'GPU')} in it")
 
 
-def _program(host: Host, version: str) -> str:
+def _program(host: HostView, version: str) -> str:
     """The host's path of nvidia-smi; DriverError where the driver has none."""
     files = inventory.load(host.config, version, [], keep=False)
     for item in files.binaries:
@@ -171,7 +171,7 @@ def _specification(name: str) -> dict[str, object]:
     }
 
 
-def _run(host: Host, runtime: str, directory: str) -> subprocess.CompletedProcess[str] | None:
+def _run(host: HostView, runtime: str, directory: str) -> subprocess.CompletedProcess[str] | None:
     """None where it does not end."""
     import subprocess
 

@@ -21,7 +21,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from nvhook.commands.hostview import Host
+    from nvhook.commands.hostview import HostView
     from nvhook.host.gpus import Gpus
 
 _SECURE_BOOT = "firmware/efi/efivars/SecureBoot-8be4df61-93ca-11d2-aa0d-00e098032b8c"
@@ -30,16 +30,16 @@ _NOUVEAU = "printf 'blacklist nouveau\\noptions nouveau modeset=0\\n' > /etc/mod
 _LOG = "dmesg | grep -i -e nvrm -e xid"
 
 
-def driver(host: Host) -> Gpus | None:
+def driver(host: HostView) -> Gpus | None:
     """The GPUs that NVIDIA's driver has; None where there is none. DeviceError, DriverError."""
     return hosts.find(host.config)
 
 
-def has_gpu(host: Host) -> bool:
+def has_gpu(host: HostView) -> bool:
     return hosts.kind(host.config) != hosts.NONE or bool(hardware.pci_gpus(host.sys))
 
 
-def check_module(host: Host) -> Iterator[Finding]:
+def check_module(host: HostView) -> Iterator[Finding]:
     if hosts.kind(host.config) == hosts.TEGRA:
         reason = "this is a Tegra, whose integrated GPU has another driver"
         yield failure("kernel module", reason, "use NVIDIA's container toolkit on this host")
@@ -53,7 +53,7 @@ def check_module(host: Host) -> Iterator[Finding]:
         yield ok("kernel module", f"nvidia {found.driver_version} is loaded")
 
 
-def _missing_module(host: Host) -> Finding:
+def _missing_module(host: HostView) -> Finding:
     """The first cause that can be seen."""
     drivers = set(hardware.pci_gpus(host.sys).values())
     name = "kernel module"
@@ -78,7 +78,7 @@ def _missing_module(host: Host) -> Finding:
     return failure(name, "nvidia is not loaded", "modprobe nvidia")
 
 
-def check_gpus(host: Host) -> Iterator[Finding]:
+def check_gpus(host: HostView) -> Iterator[Finding]:
     found = driver(host)
     if found is None or found.dxg is not None:
         return
@@ -92,7 +92,7 @@ def check_gpus(host: Host) -> Iterator[Finding]:
             yield warning(f"GPU {address}", "is on the PCI bus, and the driver does not use it", _LOG)
 
 
-def check_libraries(host: Host) -> Iterator[Finding]:
+def check_libraries(host: HostView) -> Iterator[Finding]:
     """NVML calls the usual fault `Driver/library version mismatch`."""
     found = driver(host)
     if found is None:
@@ -111,7 +111,7 @@ def check_libraries(host: Host) -> Iterator[Finding]:
         yield warning("driver files", note, "reinstall the driver")
 
 
-def check_nvml(host: Host) -> Iterator[Finding]:
+def check_nvml(host: HostView) -> Iterator[Finding]:
     found = driver(host)
     if found is None or not found.gpus:
         return
@@ -131,7 +131,7 @@ def check_nvml(host: Host) -> Iterator[Finding]:
         yield ok("NVML", f"answers for {len(answering)} of {len(found.gpus)} GPUs; CUDA {report.cuda}")
 
 
-def check_uvm(host: Host) -> Iterator[Finding]:
+def check_uvm(host: HostView) -> Iterator[Finding]:
     """Without it nvidia-smi works and cuInit fails."""
     found = driver(host)
     if found is None or found.dxg is not None:
@@ -151,7 +151,7 @@ def nodes(found: Gpus) -> dict[str, tuple[int, int]]:
     return {device.path.removeprefix("/dev/"): (device.major, device.minor) for device in devices}
 
 
-def check_nodes(host: Host) -> Iterator[Finding]:
+def check_nodes(host: HostView) -> Iterator[Finding]:
     """A module that is loaded again may have another major; a node that was made before has the old one."""
     found = driver(host)
     if found is None or found.dxg is not None:
@@ -173,7 +173,7 @@ def check_nodes(host: Host) -> Iterator[Finding]:
         yield ok("device nodes", f"{' '.join(right)} have the numbers of the modules that are loaded")
 
 
-def check_char_links(host: Host) -> Iterator[Finding]:
+def check_char_links(host: HostView) -> Iterator[Finding]:
     """systemd is told /dev/char/195:0 by runc, and the driver makes no such links."""
     found = driver(host)
     if found is None or found.dxg is not None or not host.files.exists("/run/systemd/system"):
@@ -188,7 +188,7 @@ def check_char_links(host: Host) -> Iterator[Finding]:
     yield warning(f"{host.dev}/char", f"has no link for {names}: {why}", "nvhook create-dev-char-symlinks")
 
 
-def check_persistence(host: Host) -> Iterator[Finding]:
+def check_persistence(host: HostView) -> Iterator[Finding]:
     found = driver(host)
     if found is None or not found.gpus:
         return
@@ -212,11 +212,11 @@ def _numbers(path: str) -> str:
     return f"{os.major(status.st_rdev)}:{os.minor(status.st_rdev)}"
 
 
-def _release(host: Host) -> str:
+def _release(host: HostView) -> str:
     return kernel_text(f"{host.proc}/sys/kernel/osrelease").strip()
 
 
-def _is_built(host: Host) -> bool | None:
+def _is_built(host: HostView) -> bool | None:
     """Whether the kernel that runs has a module nvidia; None where that cannot be said."""
     release = _release(host)
     try:
@@ -226,9 +226,9 @@ def _is_built(host: Host) -> bool | None:
     return b"/nvidia.ko" in known if known else None
 
 
-def _has_dkms(host: Host) -> bool:
+def _has_dkms(host: HostView) -> bool:
     return host.is_program("/usr/sbin/dkms")
 
 
-def _new_initramfs(host: Host) -> str:
+def _new_initramfs(host: HostView) -> str:
     return "update-initramfs -u" if host.is_program("/usr/sbin/update-initramfs") else "dracut --force"

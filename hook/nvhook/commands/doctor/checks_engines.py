@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from nvhook.commands.configure.documents import Document, Path, Table
     from nvhook.commands.configure.engines import Engine
-    from nvhook.commands.hostview import Host
+    from nvhook.commands.hostview import HostView
 
 _NAME = "*"  # stands for the name of a runtime in the paths of engines.py
 # The files of an engine, in the order in which it reads them; a later one counts.
@@ -69,7 +69,7 @@ def _names(table: object) -> list[str]:
     return list(table) if isinstance(table, dict) else []
 
 
-def installed(host: Host) -> list[Engine]:
+def installed(host: HostView) -> list[Engine]:
     return [
         engine
         for engine in ENGINES.values()
@@ -80,7 +80,7 @@ def installed(host: Host) -> list[Engine]:
     ]
 
 
-def read(host: Host, engine: Engine) -> Registered:
+def read(host: HostView, engine: Engine) -> Registered:
     """ConfigError, with the file, for one that cannot be read or does not parse."""
     names = [name for pattern in _FILES[engine.name] for name in containerdfiles.matching(host.files, pattern)]
     documents = [_parse(host, name) for name in names[:_MAX_FILES]]
@@ -93,7 +93,7 @@ def read(host: Host, engine: Engine) -> Registered:
     return Registered(engine, merged(documents))
 
 
-def _parse(host: Host, name: str) -> Document:
+def _parse(host: HostView, name: str) -> Document:
     try:
         text = host.read(name).decode()
     except (OSError, ValueError) as error:
@@ -102,7 +102,7 @@ def _parse(host: Host, name: str) -> Document:
     return (Json if name.endswith(".json") else Toml)(text if text.strip() else "", name)
 
 
-def check_engines(host: Host) -> Iterator[Finding]:
+def check_engines(host: HostView) -> Iterator[Finding]:
     engines = installed(host)
     for engine in engines:
         try:
@@ -114,7 +114,7 @@ def check_engines(host: Host) -> Iterator[Finding]:
         yield ok("engines", f"none of {names} is installed")
 
 
-def _check_registration(host: Host, engine: Engine, found: Registered) -> Iterator[Finding]:
+def _check_registration(host: HostView, engine: Engine, found: Registered) -> Iterator[Finding]:
     again = f"nvhook configure {engine.name}{' --restart' if engine.unit else ''}"
     ours = found.ours()
     for name, path in ours.items():
@@ -156,7 +156,7 @@ def _systemd_cgroup(table: Table, path: Path, name: str) -> object:
     return bool(options.get("SystemdCgroup")) if isinstance(options, dict) else False
 
 
-def check_dockerd(host: Host) -> Iterator[Finding]:
+def check_dockerd(host: HostView) -> Iterator[Finding]:
     """The daemon that runs: it looked for the hook when it was started, and says then what it has."""
     if not any(engine.name == "docker" for engine in installed(host)):
         return
@@ -168,7 +168,7 @@ def check_dockerd(host: Host) -> Iterator[Finding]:
         yield ok("dockerd", "does not run")
 
 
-def _check_process(host: Host, process: str) -> Iterator[Finding]:
+def _check_process(host: HostView, process: str) -> Iterator[Finding]:
     if dockerd.program(process).startswith("/snap/"):
         why = "comes from a snap, which sees neither our programs nor the driver"
         yield failure("dockerd", why, "snap remove docker, and install Docker's own package")
@@ -194,7 +194,7 @@ def _check_process(host: Host, process: str) -> Iterator[Finding]:
         yield ok("PATH of dockerd", f"{found} is ours")
 
 
-def _changed(host: Host, path: str) -> float:
+def _changed(host: HostView, path: str) -> float:
     fd = host.files.open(path)
     try:
         return os.fstat(fd).st_ctime
@@ -202,7 +202,7 @@ def _changed(host: Host, path: str) -> float:
         os.close(fd)
 
 
-def _check_answer(host: Host) -> Iterator[Finding]:
+def _check_answer(host: HostView) -> Iterator[Finding]:
     try:
         info = dockerd.info(host)
     except PermissionError:

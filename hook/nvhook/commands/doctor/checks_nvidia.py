@@ -22,7 +22,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from nvhook.commands.hostview import Host
+    from nvhook.commands.hostview import HostView
 
 _HOOKS = ("/usr/share/containers/oci/hooks.d", "/usr/local/share/containers/oci/hooks.d", "/etc/containers/oci/hooks.d")
 _CDI = ("/etc/cdi", "/var/run/cdi")
@@ -31,7 +31,7 @@ _MAX_ITEMS = 10_000
 _VERSION = re.compile(r"/lib(?:cuda|nvidia-ml)\.so\.(\d+(?:\.\d+)+)$")
 
 
-def check_programs(host: Host) -> Iterator[Finding]:
+def check_programs(host: HostView) -> Iterator[Finding]:
     for name in (RUNTIME, HOOK):
         there = [f"{place}/{name}" for place in search_path(host)]
         found = {path: whose(host, path) for path in there}
@@ -47,13 +47,13 @@ def check_programs(host: Host) -> Iterator[Finding]:
             yield ok(name, f"{first} is ours")
 
 
-def _uninstall(host: Host) -> str:
+def _uninstall(host: HostView) -> str:
     if host.files.exists("/var/lib/dpkg/status"):
         return "apt-get remove nvidia-container-toolkit nvidia-container-toolkit-base"
     return "dnf remove nvidia-container-toolkit nvidia-container-toolkit-base"
 
 
-def check_hooks(host: Host) -> Iterator[Finding]:
+def check_hooks(host: HostView) -> Iterator[Finding]:
     """Podman and CRI-O start no container at all when a hook's program is not there."""
     starting = []
     for directory in _HOOKS:
@@ -78,7 +78,7 @@ def check_hooks(host: Host) -> Iterator[Finding]:
         yield ok(starting[0], "runs our hook")
 
 
-def _hook(host: Host, path: str) -> tuple[str, list[str]] | None:
+def _hook(host: HostView, path: str) -> tuple[str, list[str]] | None:
     """(program, stages) of a file that names NVIDIA's hook or ours."""
     try:
         document = json.loads(host.read(path))
@@ -90,7 +90,7 @@ def _hook(host: Host, path: str) -> tuple[str, list[str]] | None:
     return program, [str(stage) for stage in stages] if isinstance(stages, list) else []
 
 
-def check_cdi(host: Host) -> Iterator[Finding]:
+def check_cdi(host: HostView) -> Iterator[Finding]:
     """A specification is a picture of the host at one time: of its driver's files, and the numbers of its nodes."""
     for directory in _CDI:
         for name in host.names(directory):
@@ -99,7 +99,7 @@ def check_cdi(host: Host) -> Iterator[Finding]:
                 yield from _check_specification(host, path)
 
 
-def _check_specification(host: Host, path: str) -> Iterator[Finding]:
+def _check_specification(host: HostView, path: str) -> Iterator[Finding]:
     again = f"nvhook cdi generate --output {shlex.quote(path)}"
     try:
         document = _parse(host, path)
@@ -127,7 +127,7 @@ def _check_specification(host: Host, path: str) -> Iterator[Finding]:
         yield ok(path, "fits this host")
 
 
-def _parse(host: Host, path: str) -> object:
+def _parse(host: HostView, path: str) -> object:
     data = host.files.read(path, _MAX_CDI)
     if path.endswith(".json"):
         try:
@@ -152,7 +152,7 @@ def _edits(document: dict[str, object], kind: str) -> Iterator[dict[str, object]
     return (item for item in itertools.islice(items, _MAX_ITEMS) if isinstance(item, dict))
 
 
-def _fault(host: Host, node: dict[str, object]) -> str:
+def _fault(host: HostView, node: dict[str, object]) -> str:
     """What is wrong with a device node, or empty."""
     name = str(node.get("hostPath") or node.get("path"))
     path = host.dev + name.removeprefix("/dev") if name.startswith("/dev/") else name

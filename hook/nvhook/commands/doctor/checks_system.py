@@ -18,14 +18,14 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from nvhook.commands.hostview import Host
+    from nvhook.commands.hostview import HostView
     from nvhook.errors import Finding
 
 # Where the wrapper looks after PATH.
 PLACES = spec.USUAL_PATH.split(":")
 
 
-def check_config(host: Host) -> Iterator[Finding]:
+def check_config(host: HostView) -> Iterator[Finding]:
     if not os.path.lexists(host.config_path):
         yield ok(host.config_path, "is not there: NVIDIA's defaults are in force")
         return
@@ -38,7 +38,7 @@ def check_config(host: Host) -> Iterator[Finding]:
         yield ok(host.config_path, "every key is one that nvhook honours")
 
 
-def check_cgroups(host: Host) -> Iterator[Finding]:
+def check_cgroups(host: HostView) -> Iterator[Finding]:
     version = cgroup_version(host)
     manager = "systemd" if host.files.exists("/run/systemd/system") else "no systemd"
     if version:
@@ -47,7 +47,7 @@ def check_cgroups(host: Host) -> Iterator[Finding]:
         yield skipped("cgroups", f"`{host.sys}/fs/cgroup` does not show its version")
 
 
-def check_selinux(host: Host) -> Iterator[Finding]:
+def check_selinux(host: HostView) -> Iterator[Finding]:
     """Podman and Docker label their processes container_t, which may open no device but its own."""
     place = f"{host.sys}/fs/selinux"
     enforcing = kernel_text(f"{place}/enforce").strip()
@@ -61,12 +61,12 @@ def check_selinux(host: Host) -> Iterator[Finding]:
         yield ok("SELinux", "is enforcing, and lets containers use devices" if allowed else "is enforcing")
 
 
-def check_apparmor(host: Host) -> Iterator[Finding]:
+def check_apparmor(host: HostView) -> Iterator[Finding]:
     is_on = kernel_text(f"{host.sys}/module/apparmor/parameters/enabled").startswith("Y")
     yield ok("AppArmor", "is on; the engines' own profiles do not keep a GPU out" if is_on else "is off")
 
 
-def check_runtime(host: Host) -> Iterator[Finding]:
+def check_runtime(host: HostView) -> Iterator[Finding]:
     names = host.config.runtimes
     path = find_runtime(host)
     if not path:
@@ -77,7 +77,7 @@ def check_runtime(host: Host) -> Iterator[Finding]:
     yield ok("low-level runtime", f"{path}{', ' if version else ''}{version}")
 
 
-def find_runtime(host: Host) -> str:
+def find_runtime(host: HostView) -> str:
     for name in host.config.runtimes:
         candidates = [name] if "/" in name else [f"{place}/{name}" for place in search_path(host)]
         for path in candidates:
@@ -86,7 +86,7 @@ def find_runtime(host: Host) -> str:
     return ""
 
 
-def search_path(host: Host) -> list[str]:
+def search_path(host: HostView) -> list[str]:
     own = os.environ.get("PATH", "").split(":") if host.is_here else []
     return list(dict.fromkeys([*(place for place in own if place.startswith("/")), *PLACES]))
 
@@ -103,7 +103,7 @@ def _version(program: str) -> str:
     return done.stdout.partition("\n")[0].replace(" version ", " ", 1)
 
 
-def check_state_directory(host: Host) -> Iterator[Finding]:
+def check_state_directory(host: HostView) -> Iterator[Finding]:
     path = host.config.state_dir
     try:
         status = os.stat(path)
@@ -124,7 +124,7 @@ def check_state_directory(host: Host) -> Iterator[Finding]:
         yield _inventory(host)
 
 
-def _inventory(host: Host) -> Finding:
+def _inventory(host: HostView) -> Finding:
     found = driver(host)
     path = host.config.state_dir
     if found is None or not os.path.exists(os.path.join(path, inventory.NAME)):

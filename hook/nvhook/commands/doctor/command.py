@@ -20,7 +20,7 @@ from nvhook.commands.doctor import (
     checks_system,
     findings,
 )
-from nvhook.commands.hostview import Host
+from nvhook.commands.hostview import HostView
 from nvhook.commands.snapshot import command as snapshot
 from nvhook.errors import FAILURE, Finding, NvhookError, reason
 from nvhook.request import config as configuration
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from nvhook.commands import Subparsers
     from nvhook.request.config import Config
 
-    Check = Callable[[Host], Iterator[Finding]]
+    Check = Callable[[HostView], Iterator[Finding]]
 
 # In the order in which one rests on the other; the names are for programs, and stay.
 CHECKS: tuple[tuple[str, Check], ...] = (
@@ -85,7 +85,7 @@ def add(commands: Subparsers) -> None:
 
 
 def run(options: argparse.Namespace, warnings: list[str]) -> int:
-    host = Host(_config(options), options.config_path, options.root)
+    host = HostView(_config(options), options.config_path, options.root)
     found = examine(host, container=not options.no_container, runtime=options.runtime_path)
     if options.report:
         document = {"nvhook": VERSION, **_document(found), "host": snapshot.describe(host, warnings)}
@@ -111,7 +111,7 @@ def _document(found: list[Finding]) -> dict[str, object]:
     return {"status": findings.worst(found), "findings": [findings.describe(item) for item in found]}
 
 
-def examine(host: Host, *, container: bool, runtime: str = "") -> list[Finding]:
+def examine(host: HostView, *, container: bool, runtime: str = "") -> list[Finding]:
     """All findings. Where there is no GPU, that is one, and the others count only if something has failed."""
     found = [item for name, check in CHECKS for item in _made(name, check, host)]
     if not checks_driver.has_gpu(host):
@@ -123,7 +123,7 @@ def examine(host: Host, *, container: bool, runtime: str = "") -> list[Finding]:
     return found
 
 
-def _made(name: str, check: Check, host: Host) -> list[Finding]:
+def _made(name: str, check: Check, host: HostView) -> list[Finding]:
     """What the check says, or why it could not say anything."""
     found: list[Finding] = []
     try:

@@ -12,14 +12,14 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
-    from nvhook.commands.hostview import Host
+    from nvhook.commands.hostview import HostView
 
 SOCKET = dockerapi.DOCKER
 # A process of a container may go by any name; these files are root's.
 _PID_FILES = ("/run/docker.pid", "/run/snap.docker/docker.pid")
 
 
-def process(host: Host) -> str:
+def process(host: HostView) -> str:
     """Its directory in /proc, or empty where it does not run."""
     for path in _PID_FILES:
         number = host.text(path).strip()
@@ -30,7 +30,7 @@ def process(host: Host) -> str:
     return ""
 
 
-def info(host: Host) -> dict[str, Any]:
+def info(host: HostView) -> dict[str, Any]:
     """What `docker info` shows, `Runtimes` among it; OSError where nobody answers, ValueError for no such answer."""
     held = host.files.open(SOCKET)
     try:
@@ -58,7 +58,7 @@ def program(process: str) -> str:
         return ""
 
 
-def started(host: Host, process: str) -> float:
+def started(host: HostView, process: str) -> float:
     """When the process was started, in seconds since the epoch; 0 where /proc does not tell."""
     boot = next((line for line in kernel_text(f"{host.proc}/stat").splitlines() if line.startswith("btime ")), "")
     # The second field is the program's name in brackets, with any characters in it.

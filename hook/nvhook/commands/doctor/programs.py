@@ -7,7 +7,7 @@ import os
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from nvhook.commands.hostview import Host
+    from nvhook.commands.hostview import HostView
 
 RUNTIME = "nvidia-container-runtime"
 
@@ -15,7 +15,7 @@ OURS, NVIDIA, MISSING = "ours", "NVIDIA's", ""
 _START = 16 << 10
 
 
-def whose(host: Host, path: str) -> str:
+def whose(host: HostView, path: str) -> str:
     """Ours are scripts and ELF files that name us at the beginning; MISSING for what cannot be run."""
     if not host.is_program(path):
         return MISSING

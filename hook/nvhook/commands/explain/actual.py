@@ -12,7 +12,7 @@ import os
 import stat
 
 from nvhook.container.container import SECONDS
-from nvhook.container.edits import Device, Edit, File, Mount, Symlink, Tmpfs
+from nvhook.container.edits import Device, Edit, Mount, Symlink, Tmpfs, WrittenFile
 from nvhook.container.linkercache import Ldcache
 from nvhook.errors import ContainerError, reason
 from nvhook.formats.record import Record
@@ -32,7 +32,7 @@ _STARTS = ("libcuda", "libnv", "libvdpau_nvidia", "nvidia", "nv-fabricmanager")
 _DELETED = "//deleted"
 
 
-class State(Record):
+class EditState(Record):
     """`word` is present, missing, stale, differs, `left out` or unknown; `detail` what there is to say, or empty."""
 
     word: str
@@ -50,7 +50,7 @@ class Extra(Record):
         return {"kind": self.kind, "path": self.path, "detail": self.detail}
 
 
-class Container:
+class RunningContainer:
     """A running container. ContainerError if it is gone, or another's."""
 
     def __init__(self, pid: int, described: Spec) -> None:
@@ -71,27 +71,27 @@ class Container:
         with contextlib.suppress(OSError, ValueError):
             self._read_cgroup()
 
-    def state(self, edit: Edit) -> State:
+    def state(self, edit: Edit) -> EditState:
         try:
             return self._state(edit)
         except FileNotFoundError:
-            return State("missing")
+            return EditState("missing")
         except OSError as error:
-            return State("unknown", reason(error))
+            return EditState("unknown", reason(error))
 
-    def _state(self, edit: Edit) -> State:
+    def _state(self, edit: Edit) -> EditState:
         if isinstance(edit, Ldcache):
             return self._cache(edit)
         path = _place(edit)
         if f"{path}/".startswith(f"{_PROC}/") and not self.root.exists(_PROC):
-            return State("left out", "its /proc has no driver/nvidia to cover")
+            return EditState("left out", "its /proc has no driver/nvidia to cover")
         fd = self.root.open(path, os.O_PATH | os.O_NOFOLLOW)
         try:
             return self._state_of(edit, fd, path)
         finally:
             os.close(fd)
 
-    def _state_of(self, edit: Edit, fd: int, path: str) -> State:
+    def _state_of(self, edit: Edit, fd: int, path: str) -> EditState:
         if isinstance(edit, Mount):
             return self._mount(edit, fd, path)
         if isinstance(edit, Tmpfs):
@@ -100,12 +100,12 @@ class Container:
             return self._link(edit, fd, path)
         if isinstance(edit, Device):
             return self._device(edit, fd, path)
-        assert isinstance(edit, File)
+        assert isinstance(edit, WrittenFile)
         content = edit.content.encode()
         is_same = self.root.read(path, len(content)) == content
-        return State("present") if is_same else State("differs", "another content")
+        return EditState("present") if is_same else EditState("differs", "another content")
 
-    def _mounted(self, fd: int, path: str) -> mountinfo.Mount | None:
+    def _mounted(self, fd: int, path: str) -> mountinfo.MountEntry | None:
         """The mount on exactly this place; None where it belongs to the file system around it."""
         parent = self.root.open(os.path.dirname(path))
         try:
@@ -115,49 +115,55 @@ class Container:
         self._seen.add(here)
         return self._mounts.get(here) if here != around else None
 
-    def _mount(self, edit: Mount, fd: int, path: str) -> State:
+    def _mount(self, edit: Mount, fd: int, path: str) -> EditState:
         mount = self._mounted(fd, path)
         if mount is None:
-            return State("missing", "nothing is mounted there; the image has one of its own")
+            return EditState("missing", "nothing is mounted there; the image has one of its own")
         if mount.root.endswith(_DELETED):
-            return State("stale", f"`{mount.root.removesuffix(_DELETED)}` was deleted on the host since")
+            return EditState("stale", f"`{mount.root.removesuffix(_DELETED)}` was deleted on the host since")
         try:
             is_same = os.path.samestat(os.fstat(fd), os.stat(edit.source))
         except OSError as error:
-            return State("unknown", f"`{edit.source}` on the host: {reason(error)}")
-        return State("present") if is_same else State("stale", f"another file is mounted: `{mount.root}`")
+            return EditState("unknown", f"`{edit.source}` on the host: {reason(error)}")
+        return EditState("present") if is_same else EditState("stale", f"another file is mounted: `{mount.root}`")
 
-    def _tmpfs(self, fd: int, path: str) -> State:
+    def _tmpfs(self, fd: int, path: str) -> EditState:
         mount = self._mounted(fd, path)
-        return State("present") if mount and mount.fstype == "tmpfs" else State("missing", "it is not covered")
+        return EditState("present") if mount and mount.fstype == "tmpfs" else EditState("missing", "it is not covered")
 
-    def _link(self, edit: Symlink, fd: int, path: str) -> State:
+    def _link(self, edit: Symlink, fd: int, path: str) -> EditState:
         if not stat.S_ISLNK(os.fstat(fd).st_mode):
             covered = self._mounted(fd, path)
-            return State("present", "a file of the image is covered") if covered else State("differs", "it is no link")
+            return (
+                EditState("present", "a file of the image is covered")
+                if covered
+                else EditState("differs", "it is no link")
+            )
         target = os.readlink("", dir_fd=fd)
-        return State("present") if target == edit.target else State("differs", f"it leads to `{target}`")
+        return EditState("present") if target == edit.target else EditState("differs", f"it leads to `{target}`")
 
-    def _device(self, edit: Device, fd: int, path: str) -> State:
+    def _device(self, edit: Device, fd: int, path: str) -> EditState:
         self._mounted(fd, path)
         status = os.fstat(fd)
         if not stat.S_ISCHR(status.st_mode) or status.st_rdev != os.makedev(edit.major, edit.minor):
-            return State("differs", "it is another file")
+            return EditState("differs", "it is another file")
         return self._access(edit)
 
-    def _access(self, edit: Device) -> State:
+    def _access(self, edit: Device) -> EditState:
         """By the cgroup where that can be read, else by the rules in the container's config.json."""
         try:
             refused = self._refused(edit)
         except ValueError as error:
-            return State("present", f"the device cgroup cannot be read: {error}")
+            return EditState("present", f"the device cgroup cannot be read: {error}")
         if refused is not None:
             return (
-                State("differs", f"the device cgroup refuses `{refused}`") if refused else State("present", "allowed")
+                EditState("differs", f"the device cgroup refuses `{refused}`")
+                if refused
+                else EditState("present", "allowed")
             )
         if self._described.allows(edit.major, edit.minor):
-            return State("present", "allowed by config.json")
-        return State("present", "no rule in config.json; the hook may have opened the cgroup itself")
+            return EditState("present", "allowed by config.json")
+        return EditState("present", "no rule in config.json; the hook may have opened the cgroup itself")
 
     def _refused(self, edit: Device) -> str | None:
         """The letters that the cgroup does not allow; None where it cannot be read."""
@@ -171,16 +177,16 @@ class Container:
             if not all(devprog.allows(item, "c", edit.major, edit.minor, letter) for item in self._programs)
         )
 
-    def _cache(self, edit: Ldcache) -> State:
+    def _cache(self, edit: Ldcache) -> EditState:
         if not edit.names:
-            return State("unknown", "made by ldconfig")
+            return EditState("unknown", "made by ldconfig")
         try:
             entries = ldcache.parse(self.root.read(_CACHE, _MAX_CACHE))
         except ValueError as error:
-            return State("unknown", str(error))
+            return EditState("unknown", str(error))
         paths = {entry.path for entry in entries}
         lacking = [name for directory, name, _ in edit.names if f"{directory}/{name}" not in paths]
-        return State("differs", f"without {', '.join(lacking)}") if lacking else State("present")
+        return EditState("differs", f"without {', '.join(lacking)}") if lacking else EditState("present")
 
     def _read_cgroup(self) -> None:
         """OSError or ValueError where it is out of reach."""
@@ -234,7 +240,7 @@ def _is_the_drivers(point: str) -> bool:
     return os.path.basename(point).startswith(_STARTS) or point.startswith((f"{_PROC}/", "/run/nvidia-"))
 
 
-def _about(mount: mountinfo.Mount, version: str) -> str:
+def _about(mount: mountinfo.MountEntry, version: str) -> str:
     """Where it is from, whether that is gone, and of which other driver it is by its name."""
     details = [f"from `{mount.root.removesuffix(_DELETED)}`"]
     if mount.root.endswith(_DELETED):

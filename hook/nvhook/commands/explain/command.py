@@ -102,7 +102,7 @@ def _subject(options: argparse.Namespace, empty: str) -> Subject:
 
 
 def _document(
-    subject: Subject, asked: list[reasons.Source], made: Start | None, fault: NvhookError | None, config: Config
+    subject: Subject, asked: list[reasons.RequestSource], made: Start | None, fault: NvhookError | None, config: Config
 ) -> dict[str, object]:
     base = plan.document(made)
     told: dict[str, object] = {

@@ -7,7 +7,7 @@ from __future__ import annotations
 import os
 import posixpath
 
-from nvhook.container.edits import Device, Edit, File, Mount, Symlink, Tmpfs
+from nvhook.container.edits import Device, Edit, Mount, Symlink, Tmpfs, WrittenFile
 from nvhook.container.linkercache import Ldcache
 from nvhook.driver import discovery
 from nvhook.formats.record import Record
@@ -30,7 +30,7 @@ _PROC = "/proc/driver/nvidia"
 _INJECTED = "the engine has injected the container's devices by CDI"
 
 
-class Source(Record):
+class RequestSource(Record):
     """One thing that is asked for: `name` and `value` as written, `origin`, and the `rule` that let it count or not."""
 
     name: str
@@ -42,12 +42,12 @@ class Source(Record):
         return {"name": self.name, "value": self.value, "from": self.origin, "rule": self.rule}
 
 
-def sources(described: Spec, config: Config, origin_of: Callable[[str], str]) -> list[Source]:
+def sources(described: Spec, config: Config, origin_of: Callable[[str], str]) -> list[RequestSource]:
     """Everything in `described` that nvhook looks at. `origin_of`: who has set a variable."""
     winner = request.origin(described, config)
     asking = device_list.annotated(described.annotations, config.annotation_prefixes)
     found = [
-        Source(key, value, "annotation", _annotation_rule(key, key in asking, described, config))
+        RequestSource(key, value, "annotation", _annotation_rule(key, key in asking, described, config))
         for key, value in sorted(described.annotations.items())
         if device_list.is_key(key, config.annotation_prefixes)
     ]
@@ -57,11 +57,11 @@ def sources(described: Spec, config: Config, origin_of: Callable[[str], str]) ->
             rule = _device_rule(request.MOUNTS, winner, described, config)
             if place.startswith(f"{request.VOLUME_ROOT}imex/"):
                 rule = f"{_ACCEPT_MOUNTS} = {_toml(config.accept_volume_mounts)}; {_imex_rule(config)}"
-            found.append(Source(place, source, "volume mount", rule))
+            found.append(RequestSource(place, source, "volume mount", rule))
     for name, value in sorted(described.env.items()):
         rule = _variable_rule(name, winner, described, config)
         if rule:
-            found.append(Source(name, value, origin_of(name), rule))
+            found.append(RequestSource(name, value, origin_of(name), rule))
     return found
 
 
@@ -156,7 +156,7 @@ class Reasons:
             return self._mount(edit)
         if isinstance(edit, Tmpfs):
             return self._tmpfs(edit.destination)
-        if isinstance(edit, File):
+        if isinstance(edit, WrittenFile):
             return self._tmpfs(os.path.dirname(str(edit.describe()["path"])))
         if isinstance(edit, Symlink):
             return self._link(edit)

@@ -25,7 +25,7 @@ class Subject:
         self.origins: dict[str, str] = {}
         self.unknown = _UNKNOWN  # of a variable that is not among these
         self.notes: list[str] = []
-        self.running: actual.Container | None = None
+        self.running: actual.RunningContainer | None = None
         self.arguments: list[str] = []
         self.is_served = True  # nvhook is asked at all
         self.is_whole = True  # the root filesystem is the container's
@@ -64,7 +64,7 @@ def of_container(name: str, empty: str) -> Subject:
             if subject.origins.get(variable) != f"image {found.image_name}":
                 subject.origins[variable] = "--gpus"
     if found.pid:
-        subject.running = actual.Container(found.pid, found.described)
+        subject.running = actual.RunningContainer(found.pid, found.described)
         subject.described.rootfs = f"/proc/{found.pid}/root"
     elif not os.path.isdir(found.described.rootfs):
         _without_files(subject, empty, "it does not run")

@@ -25,7 +25,7 @@ from nvhook.request.config import CAPABILITIES, Config
 
 
 @dataclass
-class MigDevice:
+class MigStatus:
     """`index` among the MIG devices of its GPU; it, `uuid` and `profile` are NVML's, None or empty without it."""
 
     index: int | None
@@ -38,7 +38,7 @@ class MigDevice:
 
 
 @dataclass
-class Gpu:
+class GpuStatus:
     """`minor` None on WSL 2; what NVML alone tells is None or empty where it does not."""
 
     index: int
@@ -53,7 +53,7 @@ class Gpu:
     memory_total: int | None = None
     load: int | None = None
     temperature: int | None = None
-    mig_devices: list[MigDevice] = field(default_factory=list)
+    mig_devices: list[MigStatus] = field(default_factory=list)
 
 
 @dataclass
@@ -66,7 +66,7 @@ class Overview:
     version: str = ""
     module: str = ""
     cuda: str = ""
-    gpus: list[Gpu] = field(default_factory=list)
+    gpus: list[GpuStatus] = field(default_factory=list)
     processes: list[Process] = field(default_factory=list)
     hidden: int = 0
     files: Driver | None = None
@@ -182,18 +182,18 @@ def _fill(made: Overview, found: Gpus, now: Now | None) -> None:
     if made.kind == "wsl2":
         made.version = (now.driver_version if now else "") or made.version
         devices = now.report.devices if now else ()
-        made.gpus = [Gpu(index, None, item.uuid, item.pci, "") for index, item in enumerate(devices)]
+        made.gpus = [GpuStatus(index, None, item.uuid, item.pci, "") for index, item in enumerate(devices)]
     else:
-        made.gpus = [Gpu(item.index, item.minor, item.uuid, item.pci, item.model) for item in found.gpus]
+        made.gpus = [GpuStatus(item.index, item.minor, item.uuid, item.pci, item.model) for item in found.gpus]
     shown = mig.every(found)
     for gpu in made.gpus:
         instances = [(item.gi, item.ci) for item in shown if item.gpu.index == gpu.index]
-        gpu.mig_devices = [MigDevice(None, gi, ci, "", "", None, None) for gi, ci in instances]
+        gpu.mig_devices = [MigStatus(None, gi, ci, "", "", None, None) for gi, ci in instances]
         if now:
             _add(made, gpu, now)
 
 
-def _add(made: Overview, gpu: Gpu, now: Now) -> None:
+def _add(made: Overview, gpu: GpuStatus, now: Now) -> None:
     device = next((item for item in now.report.devices if item.pci.lower() == gpu.pci.lower()), None)
     if device is None:
         made.missing.append(f"GPU {gpu.index} ({gpu.pci}) does not answer NVML; see `dmesg | grep -i -e nvrm -e xid`")
@@ -209,7 +209,7 @@ def _add(made: Overview, gpu: Gpu, now: Now) -> None:
         _add_mig(gpu, item, now.samples.get(item.uuid))
 
 
-def _add_mig(gpu: Gpu, instance: Any, sample: live.Sample | None) -> None:
+def _add_mig(gpu: GpuStatus, instance: Any, sample: live.Sample | None) -> None:
     """To what /proc shows: an instance that it does not show is no container's."""
     for item in gpu.mig_devices:
         if (item.gi, item.ci) == (instance.gi, instance.ci):

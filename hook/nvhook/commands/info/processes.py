@@ -37,7 +37,7 @@ _ENGINES = (
 
 
 @dataclass(frozen=True)
-class Container:
+class ContainerId:
     """`engine`: a word of _ENGINES; `id` as that engine has it, a name with LXC."""
 
     engine: str
@@ -57,7 +57,7 @@ class Process:
     pid: int
     name: str
     minors: tuple[int, ...]
-    container: Container | None
+    container: ContainerId | None
 
 
 def find(proc: str) -> tuple[list[Process], int]:
@@ -111,7 +111,7 @@ def _read(path: str) -> str:
         return ""
 
 
-def of_cgroup(text: str) -> Container | None:
+def of_cgroup(text: str) -> ContainerId | None:
     """Of a process whose /proc/PID/cgroup says `text`; None for one of the host."""
     for line in text.splitlines():
         parts = line.split(":", 2)[-1].split("/")
@@ -122,9 +122,9 @@ def of_cgroup(text: str) -> Container | None:
     return None
 
 
-def _named(parent: str, name: str) -> Container | None:
+def _named(parent: str, name: str) -> ContainerId | None:
     for engine, form in _ENGINES:
         match = form.fullmatch(name) or form.fullmatch(f"{parent}/{name}")
         if match:
-            return Container(engine, next(group for group in match.groups() if group))
+            return ContainerId(engine, next(group for group in match.groups() if group))
     return None

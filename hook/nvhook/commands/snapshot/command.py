@@ -14,7 +14,7 @@ import stat
 import sys
 
 from nvhook.commands import hardware, load
-from nvhook.commands.hostview import Host
+from nvhook.commands.hostview import HostView
 from nvhook.commands.kernelfiles import kernel_text, listed
 from nvhook.commands.snapshot import hostfiles
 from nvhook.driver import inventory
@@ -60,7 +60,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace, warnings: list[str]) -> int:
-    host = Host(load(options, warnings), options.config_path, options.root)
+    host = HostView(load(options, warnings), options.config_path, options.root)
     text = render(describe(host, warnings), host, mask=options.mask)
     warnings[:] = dict.fromkeys(warnings)
     if options.file:
@@ -86,7 +86,7 @@ def write(path: str, text: str) -> None:
         raise ConfigError(f"write `{path}`: {reason(error)}", "make room, or name another place") from None
 
 
-def render(document: object, host: Host, *, mask: bool) -> str:
+def render(document: object, host: HostView, *, mask: bool) -> str:
     if mask:
         document = _Mask(kernel_text(f"{host.proc}/sys/kernel/hostname").strip()).of(document)
     return json.dumps(document, indent=1) + "\n"
@@ -117,7 +117,7 @@ class _Mask:
         return self.uuids.setdefault(match[0].lower(), _nameless(len(self.uuids) + 1))
 
 
-def describe(host: Host, warnings: list[str]) -> Entry:
+def describe(host: HostView, warnings: list[str]) -> Entry:
     """The description. What cannot be found out has a value that says nothing, and a line in `warnings`."""
     config = host.config
     found, version = _gpus(host, warnings)
@@ -138,7 +138,7 @@ def describe(host: Host, warnings: list[str]) -> Entry:
     return description if cache is None else {**description, "linker_cache": cache}
 
 
-def _names(host: Host) -> Entry:
+def _names(host: HostView) -> Entry:
     """For people."""
     found: Entry = {}
     for line in host.text("/etc/os-release").splitlines():
@@ -151,14 +151,14 @@ def _names(host: Host) -> Entry:
     return {**found, "cgroup": version} if version else found
 
 
-def cgroup_version(host: Host) -> int:
+def cgroup_version(host: HostView) -> int:
     """1, 2, or 0 where /sys does not show it."""
     if os.path.exists(f"{host.sys}/fs/cgroup/cgroup.controllers"):
         return 2
     return 1 if os.path.isdir(f"{host.sys}/fs/cgroup/devices") else 0
 
 
-def _gpus(host: Host, warnings: list[str]) -> tuple[Gpus | None, str]:
+def _gpus(host: HostView, warnings: list[str]) -> tuple[Gpus | None, str]:
     try:
         found = hosts.find(host.config)
         return found, found.driver_version if found else ""
@@ -167,7 +167,7 @@ def _gpus(host: Host, warnings: list[str]) -> tuple[Gpus | None, str]:
         return None, ""
 
 
-def _report(host: Host, found: Gpus | None, warnings: list[str]) -> Report | None:
+def _report(host: HostView, found: Gpus | None, warnings: list[str]) -> Report | None:
     if found is None or not found.gpus:
         return None
     try:
@@ -225,7 +225,7 @@ def _mig(device: GpuReport | None) -> object:
     ]
 
 
-def _nodes(host: Host) -> list[Entry]:
+def _nodes(host: HostView) -> list[Entry]:
     others = [os.path.basename(path).rstrip("*") for paths in features.NODES.values() for path in paths]
     wanted = ("nvidia", "dxg", "card", "renderD", *others)
     nodes = []
@@ -243,7 +243,7 @@ def _nodes(host: Host) -> list[Entry]:
     return nodes
 
 
-def _proc(host: Host) -> Entry:
+def _proc(host: HostView) -> Entry:
     found: Entry = {}
     for name in listed(f"{host.proc}/driver"):
         if name.startswith("nvidia"):
@@ -266,7 +266,7 @@ def _add_tree(directory: str, name: str, found: Entry) -> None:
                 found[f"{name}{path[len(directory) :]}/{file}"] = text
 
 
-def _sys(host: Host) -> Entry:
+def _sys(host: HostView) -> Entry:
     """NVIDIA's devices on the PCI bus, and where the kernel looks for firmware."""
     found: Entry = {}
     top = "bus/pci/devices"
