@@ -187,7 +187,7 @@ def test_streams_and_directory_are_given_back_before_it_waits(shop: Workshop, in
 
 
 def test_no_path_is_looked_up_in_the_container(shop: Workshop, installed: Installed) -> None:
-    """After the process has entered its mount namespace there are descriptors alone (docs/architecture.md, rule 1)."""
+    """After the process has entered its mount namespace there are descriptors alone (docs/rules.md, rule 1)."""
     if not shutil.which("strace"):
         cannot("strace is not installed")
     lines: list[str] = []

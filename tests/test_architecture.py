@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The rules of docs/architecture.md that a machine can check: arrows between rooms, and what each road loads."""
+"""The rules of docs/architecture.md and docs/rules.md that a machine can check: imports, and what each start loads."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`nvhook plan`: what a container would get, for people or, as the contract of docs/architecture.md has it, as JSON."""
+"""`nvhook plan`: what a container would get, for people or, as docs/contracts.md promises, as JSON."""
 
 from __future__ import annotations
 
