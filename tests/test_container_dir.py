@@ -215,7 +215,7 @@ def test_lock_of_a_process_that_was_killed(tmp_path: Path, rootfs: Path) -> None
     containers = container_dir.Containers(str(tmp_path / "state"))
     root = identity.of(os.open(rootfs, DIRECTORY))
     words = [repr(item) for item in root.describe()]
-    hook = str(Path(container_dir.__file__).parents[1])
+    hook = str(Path(container_dir.__file__).parents[2])
     command = ["/usr/bin/python3", "-IS", "-c", _HOLD, hook, str(tmp_path / "state"), *words]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
         assert holder.stdout

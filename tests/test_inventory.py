@@ -732,7 +732,7 @@ def test_inventory_no_room_for_it(place: Place, options: str, reason: str) -> No
         capture_output=True,
         text=True,
         check=True,
-        env={**os.environ, "PYTHONPATH": str(Path(inventory.__file__).parents[1])},
+        env={**os.environ, "PYTHONPATH": str(Path(inventory.__file__).parents[2])},
     )
     warning = f"write `{place.inventory}`: {reason}; the next container makes the inventory again"
     assert [33, [warning], []] == json.loads(done.stdout)

@@ -144,6 +144,7 @@ def test_parse_minimal() -> None:
         "annotations": {},
         "privileged": False,
         "rootfs": "/b/rootfs",
+        "bundle": "/b",
         "device_rules": [],
         "cdi_injected": False,
     }
@@ -166,6 +167,7 @@ def test_parse_everything() -> None:
         "annotations": {"k": "v"},
         "privileged": True,
         "rootfs": "/abs/rootfs",
+        "bundle": "/b",
         "device_rules": rules,
         "cdi_injected": False,
     }
