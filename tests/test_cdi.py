@@ -446,7 +446,7 @@ def checker(cdi: Cdi, capsys: Capture, host: str | Path, place: Path) -> Checked
     return check
 
 
-ANEW = "make it anew with `nvhook cdi generate --output /cdi/nvidia.yaml`"
+ANEW = "generate it again with `nvhook cdi generate --output /cdi/nvidia.yaml`"
 
 
 def change(path: Path, edit: Callable[[Any], object]) -> None:
@@ -602,9 +602,12 @@ BOMB = "a: &a [x,x,x,x,x,x,x,x,x]\n" + "".join(
     [
         pytest.param("x.yaml", BOMB, "has a YAML alias at line 2; write out what it stands for", id="bomb"),
         pytest.param(
-            "x.yaml", HEAD + "devices: " + "[" * 200, "is nested too deeply at line 3; make it anew", id="deep-yaml"
+            "x.yaml",
+            HEAD + "devices: " + "[" * 200,
+            "is nested too deeply at line 3; generate it again",
+            id="deep-yaml",
         ),
-        pytest.param("x.json", "[" * 200000, "is nested too deeply; make it anew", id="deep-json"),
+        pytest.param("x.json", "[" * 200000, "is nested too deeply; generate it again", id="deep-json"),
         pytest.param(
             "x.yaml", HEAD + "devices: !!python/name:os.system ''\n", "has a YAML tag at line 3; take it out", id="tag"
         ),
@@ -623,12 +626,12 @@ BOMB = "a: &a [x,x,x,x,x,x,x,x,x]\n" + "".join(
             "is larger than 512 KiB; this is no CDI specification; take it away",
             id="huge",
         ),
-        pytest.param("x.yaml", b"\xff", "is not UTF-8 at byte 0; make it anew", id="not-utf-8"),
+        pytest.param("x.yaml", b"\xff", "is not UTF-8 at byte 0; generate it again", id="not-utf-8"),
         pytest.param("x.yaml", "", "the file: None is not of type 'object'; " + CORRECT, id="empty"),
         pytest.param(
             "x.yaml",
             "a: b: c\n",
-            "is not YAML: mapping values are not allowed in this context at line 1; make it anew",
+            "is not YAML: mapping values are not allowed in this context at line 1; generate it again",
             id="no-yaml",
         ),
         pytest.param(
@@ -637,7 +640,9 @@ BOMB = "a: &a [x,x,x,x,x,x,x,x,x]\n" + "".join(
             "has the key `None`, which is no string; write it in quotes, or take it out",
             id="no-key",
         ),
-        pytest.param("x.yaml", "a: 2001-99-99\n", "is not YAML: month must be in 1..12; make it anew", id="no-date"),
+        pytest.param(
+            "x.yaml", "a: 2001-99-99\n", "is not YAML: month must be in 1..12; generate it again", id="no-date"
+        ),
         pytest.param(
             "x.yaml",
             HEAD + "device: []\n" + DEVICE,

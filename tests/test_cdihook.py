@@ -61,7 +61,7 @@ def test_arguments_are_those_that_generate_writes() -> None:
 )
 def test_unknown_argument_is_refused(words: list[str]) -> None:
     with pytest.raises(
-        SpecError, match=r"not known to this version of nvhook; make it anew with `nvhook cdi generate`"
+        SpecError, match=r"not known to this version of nvhook; generate it again with `nvhook cdi generate`"
     ):
         cdihook.parse(words)
 
@@ -71,7 +71,7 @@ def test_program_says_what_is_wrong_in_one_line() -> None:
     assert done.returncode == 1
     assert done.stderr == (
         "nvidia-container-runtime-hook: spec error: `--x y\\nz` of the CDI specification's hook is not known to this "
-        "version of nvhook; make it anew with `nvhook cdi generate`\n"
+        "version of nvhook; generate it again with `nvhook cdi generate`\n"
     )
 
 

@@ -82,7 +82,7 @@ def test_for_people_each_finding_is_a_line_and_each_remedy_too(patient: Patient)
     place = next(index for index, line in enumerate(lines) if line.startswith(f"warning  {patient.config}:1: "))
     assert lines[place + 1] == "         remedy: check its spelling, or take it out"
     assert lines[0] == "ok       kernel module: nvidia 580.159.04 is loaded"
-    assert lines[-1].startswith("0 failed, 1 to be warned of, ")
+    assert lines[-1].startswith("0 failed, 1 warning, ")
     assert "\033" not in output
 
 

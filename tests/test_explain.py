@@ -372,8 +372,8 @@ def test_line_without_an_engine(call: Callable[..., tuple[int, str, str]]) -> No
     assert status == 0
     assert out.startswith("Container cuda (docker)\n")
     assert f"  NVIDIA_VISIBLE_DEVICES=0  --gpus  {ENV} = true" in out
-    assert "note: docker does not tell of the image cuda: its variables are not known" in out
-    assert "  Nobody knows: the image's files are not looked at.\n" in out
+    assert "note: docker has no image cuda: its environment variables are unknown" in out
+    assert "  Unknown: the image is not available here to inspect.\n" in out
 
 
 def test_line_with_a_root_filesystem(tmp_path: Path, call: Callable[..., tuple[int, str, str]]) -> None:
@@ -387,7 +387,7 @@ def test_line_with_a_root_filesystem(tmp_path: Path, call: Callable[..., tuple[i
     ]
     document = _json(call("h200", *words))
     assert f"{LIB}/libcuda.so.1" in _why(document)
-    assert document["notes"] == ["docker does not tell of the image x: its variables are not known"]
+    assert document["notes"] == ["docker has no image x: its environment variables are unknown"]
 
 
 @pytest.mark.parametrize(
@@ -631,7 +631,7 @@ def test_container_of_docker_that_does_not_run(tmp_path: Path, call: Callable[..
         "NVIDIA_VISIBLE_DEVICES": "--gpus"
     }
     assert document["notes"] == [
-        "the image's files are not looked at, and paths are those of an empty one: it does not run"
+        "the image's files are not inspected, and paths are those of an empty image: it does not run"
     ]
 
 

@@ -198,7 +198,7 @@ def test_choose_without_an_answer(host: Host) -> None:
     assert chosen == UUIDS
     assert len(warnings) == 1
     assert warnings[0].startswith(f"driver error: ask `{host.library}`: NVML: ")
-    assert warnings[0].endswith("; a GPU's brand and architecture count as what the image requires")
+    assert warnings[0].endswith("; assuming the GPU meets the image's brand and architecture requirements")
     assert "this host has cuda 12.4" in host.error("all", "cuda>=12.6")
 
 
@@ -206,7 +206,7 @@ def test_choose_a_gpu_that_nvml_does_not_know(host: Host) -> None:
     (host.directory / "dev/nvidia0").unlink()
     chosen, warnings = host.choose("all", "brand=nvidia")
     assert chosen == UUIDS
-    expected = f"NVML does not tell of {SECOND}; its brand and architecture count as what the image requires"
+    expected = f"NVML does not report {SECOND}; assuming it meets the image's brand and architecture requirements"
     assert warnings == [expected]
 
 

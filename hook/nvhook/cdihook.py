@@ -73,7 +73,7 @@ def parse(words: list[str]) -> Arguments:
         else:
             raise SpecError(
                 f"`{word} {value}` of the CDI specification's hook is not known to this version of nvhook",
-                "make it anew with `nvhook cdi generate`",
+                "generate it again with `nvhook cdi generate`",
             )
     return found
 

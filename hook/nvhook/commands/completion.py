@@ -15,7 +15,7 @@ _SHELLS = ("bash", "zsh")
 def add(commands: Subparsers) -> None:
     parser = commands.add_parser(
         "completion",
-        help="print what a shell completes nvhook's words with",
+        help="print a shell completion script",
         description="Print what a shell reads to complete nvhook's words; `make install` has put it in its place.",
         epilog='eval "$(nvhook completion bash)"',
     )

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`nvhook refresh`: make the inventory of the driver anew, so that no start has to.
+"""`nvhook refresh`: rebuild the inventory of the driver, so that no start has to.
 
 For packages after their installation, and for the units that watch for another driver.
 """
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 def add(commands: Subparsers) -> None:
     parser = commands.add_parser(
         "refresh",
-        help="make the inventory of the driver anew",
+        help="rebuild the inventory of the driver",
         description="Read the driver's files and keep what was found, as the first start of a container does.",
         epilog="exit status: 0, also on a host without a driver; 1 if its libraries are not those of its kernel module",
     )

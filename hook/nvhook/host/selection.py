@@ -64,7 +64,7 @@ def _ask(report: Reporter, warnings: list[str]) -> Report | None:
     try:
         return report(False)
     except DriverError as error:
-        warnings.append(f"{error}; a GPU's brand and architecture count as what the image requires")
+        warnings.append(f"{error}; assuming the GPU meets the image's brand and architecture requirements")
         return None
 
 
@@ -87,7 +87,7 @@ def _facts(by_version: Facts, report: Report | None, chosen: list[Gpu], warnings
         device = devices.get(gpu.pci)
         if device is None:
             warnings.append(
-                f"NVML does not tell of GPU {gpu}; its brand and architecture count as what the image requires"
+                f"NVML does not report GPU {gpu}; assuming it meets the image's brand and architecture requirements"
             )
         found.append(
             Facts(

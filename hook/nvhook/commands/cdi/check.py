@@ -111,8 +111,8 @@ def _file(file: SpecFile, host: HostDevices) -> Iterator[tuple[str, str]]:
 def _anew(file: SpecFile) -> str:
     kind = str(file.document.get("kind", ""))
     if not kind.startswith("nvidia.com/"):
-        return "make it anew with what made it"
-    return f"make it anew with `nvhook cdi generate --output {file.path}`"
+        return "generate it again with the tool that made it"
+    return f"generate it again with `nvhook cdi generate --output {file.path}`"
 
 
 def _permissions(path: str, status: os.stat_result) -> Iterator[tuple[str, str]]:

@@ -140,7 +140,7 @@ def parse(content: bytes, path: str) -> Json:
         text = content.decode()
         document: Json = _json(text) if path.endswith(".json") else _yaml(text)
     except UnicodeDecodeError as error:
-        raise Fault(f"is not UTF-8 at byte {error.start}", "make it anew") from None
+        raise Fault(f"is not UTF-8 at byte {error.start}", "generate it again") from None
     _validate(document)
     return document
 
@@ -149,9 +149,9 @@ def _json(text: str) -> Any:
     try:
         return json.loads(text)
     except RecursionError:
-        raise Fault("is nested too deeply", "make it anew") from None
+        raise Fault("is nested too deeply", "generate it again") from None
     except ValueError as error:
-        raise Fault(f"is not JSON: {_short(error)}", "make it anew") from None
+        raise Fault(f"is not JSON: {_short(error)}", "generate it again") from None
 
 
 def _yaml(text: str) -> Any:
@@ -163,9 +163,9 @@ def _yaml(text: str) -> Any:
         document = yaml.load(text, loader)  # noqa: S506 - both are safe loaders
     except yaml.MarkedYAMLError as error:
         line = f" at line {error.problem_mark.line + 1}" if error.problem_mark else ""
-        raise Fault(f"is not YAML: {_short(error.problem)}{line}", "make it anew") from None
+        raise Fault(f"is not YAML: {_short(error.problem)}{line}", "generate it again") from None
     except (yaml.YAMLError, ValueError, OverflowError) as error:
-        raise Fault(f"is not YAML: {_short(error)}", "make it anew") from None
+        raise Fault(f"is not YAML: {_short(error)}", "generate it again") from None
     _refuse_odd_keys(document)
     return document
 
@@ -184,7 +184,7 @@ def _refuse_tricks(events: Iterator[Any]) -> None:
         if getattr(event, "tag", None) not in (None, "!"):
             raise Fault(f"has a YAML tag at line {line}", "take it out")
         if depth > _MAX_DEPTH:
-            raise Fault(f"is nested too deeply at line {line}", "make it anew")
+            raise Fault(f"is nested too deeply at line {line}", "generate it again")
         if len(getattr(event, "value", "")) > _MAX_SCALAR:
             raise Fault(f"has a value of more than {_MAX_SCALAR} characters at line {line}", "take it out")
 

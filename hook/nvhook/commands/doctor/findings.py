@@ -67,9 +67,9 @@ def show(found: list[Finding]) -> None:
         print(f"{word} {finding.object}: {finding.reason}")
         if finding.remedy:
             print(f"         remedy: {finding.remedy}")
-    words = ((FAILURE, "failed"), (WARNING, "to be warned of"), (OK, "ok"), (SKIPPED, "not looked at"))
-    print()
-    print(", ".join(f"{sum(item.status == status for item in found)} {word}" for status, word in words))
+    counts = {status: sum(item.status == status for item in found) for status in (FAILURE, WARNING, OK, SKIPPED)}
+    warnings = f"{counts[WARNING]} warning{'s' * (counts[WARNING] != 1)}"
+    print(f"\n{counts[FAILURE]} failed, {warnings}, {counts[OK]} ok, {counts[SKIPPED]} skipped")
 
 
 def _bounded(text: str) -> str:

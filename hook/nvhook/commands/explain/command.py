@@ -277,7 +277,7 @@ def _further(told: dict[str, object]) -> Iterator[tuple[str, str]]:
     yield "", ""
     yield "Will it run?", "bold"
     if not isinstance(findings, list):
-        yield "  Nobody knows: the image's files are not looked at.", ""
+        yield "  Unknown: the image is not available here to inspect.", ""
         return
     for item in sorted(findings, key=lambda item: not item["grave"]):
         mark, style = ("NO  ", "red") if item["grave"] else ("note", "yellow")

@@ -206,7 +206,7 @@ class Reasons:
 
     def _tmpfs(self, destination: str) -> str:
         if destination.startswith(_PROC):
-            return "shows this container's GPUs alone, and has nobody make device nodes"
+            return "shows this container's GPUs alone, and keeps programs from making device nodes"
         return "tells EGL which GPUs to look at"
 
     def _link(self, edit: Symlink) -> str:

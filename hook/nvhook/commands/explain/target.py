@@ -93,7 +93,7 @@ def of_line(line: dockerline.Line, rootfs: str, empty: str) -> Subject:
     subject.origins = origins
     subject.container = {"engine": line.engine, "image": line.image}
     if image is None:
-        subject.notes.append(f"{line.engine} does not tell of the image {line.image}: its variables are not known")
+        subject.notes.append(f"{line.engine} has no image {line.image}: its environment variables are unknown")
     _say_who_is_asked(subject, line, api)
     if not rootfs:
         layer = _only_layer(image)
@@ -147,7 +147,7 @@ def _only_layer(image: dockerapi.Json | None) -> str:
 def _without_files(subject: Subject, empty: str, why: str) -> None:
     subject.described.rootfs = empty
     subject.is_whole = False
-    subject.notes.append(f"the image's files are not looked at, and paths are those of an empty one: {why}")
+    subject.notes.append(f"the image's files are not inspected, and paths are those of an empty image: {why}")
 
 
 def _has_hook(document: spec.Json) -> bool:
