@@ -589,7 +589,7 @@ def test_check_finds_permissions_and_names(
     assert checked_files() == [line]
 
 
-CORRECT = "correct it, or make the file anew"
+CORRECT = "correct it, or generate the file again"
 HEAD = "cdiVersion: 0.5.0\nkind: a.b/c\n"
 DEVICE = "devices: [{name: x, containerEdits: {env: [A=B]}}]\n"
 BOMB = "a: &a [x,x,x,x,x,x,x,x,x]\n" + "".join(

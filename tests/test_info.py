@@ -292,7 +292,7 @@ def test_info_processes_that_are_closed(
     """As for an ordinary user, or where a security module is in the way."""
     monkeypatch.setattr("nvhook.commands.info.processes._minors", _forbidden)
     monkeypatch.setattr("nvhook.commands.info.overview.os.geteuid", lambda: uid)
-    document = _json(run(host, "--json", warning=f"nvhook: warning: 3 processes could not be looked at{remedy}"))
+    document = _json(run(host, "--json", warning=f"nvhook: warning: 3 processes could not be inspected{remedy}"))
     assert (document["processes"], document["hidden_processes"]) == ([], 3)
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From what is asked for and what there is to a list of edits. Pure: no file is looked at, nothing is changed.
+"""What a container asks for and what the host has, turned into a list of edits. Pure: reads no file, changes nothing.
 
 The order of the list is the order of application: what covers directories and is inside, libraries, binaries, other
 files of the driver and sockets, the links to them, device nodes, and the linker cache last, when everything it shall

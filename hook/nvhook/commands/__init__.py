@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The commands of `nvhook`, for people and their scripts: one module for each, and what they are made of.
 
-A command's module has `add`, which makes its parser, and `run`, which returns the exit status. What is dear to import
+A command's module has `add`, which makes its parser, and `run`, which returns the exit status. What is slow to import
 (jsonschema, rich, tomlkit) is imported by the function that needs it: all modules are loaded for `--help`.
 """
 

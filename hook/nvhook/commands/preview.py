@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The stages of a container start, looked at and not done: nothing is touched, not even the inventory."""
+"""The start of a container up to its plan, without effect: nothing is changed, not even the inventory."""
 
 from __future__ import annotations
 

@@ -49,7 +49,7 @@ class Containers:
     __slots__ = ("fd", "proc")
 
     def __init__(self, path: str, proc: int = -1, *, make: bool = True) -> None:
-        """`path` is STATE. OSError as state_dir.open_directory has it; FileNotFoundError only unless `make`."""
+        """`path` is STATE. OSError as in trusted_dir.open_directory; FileNotFoundError only unless `make`."""
         self.fd = trusted_dir.open_directory(path, CONTAINERS, make=make)
         self.proc = proc
 

@@ -412,7 +412,7 @@ class Device(Edit):
         return None
 
     def _is_bound(self, container: Container) -> bool:
-        """Whether it will be, as far as that can be seen; if it is all the same, the source is opened anew then."""
+        """Whether it will be, as far as can be seen now; if it has to be all the same, the source is opened then."""
         if container.in_userns:
             return True
         directory, name = os.path.split(self.path)

@@ -171,7 +171,7 @@ class Unlocked:
     def __exit__(self, *_: object) -> None:
         return
 
-    def others(self, but: str) -> Iterator[ContainerDirectory]:  # noqa: ARG002 - as a Lock has it
+    def others(self, but: str) -> Iterator[ContainerDirectory]:  # noqa: ARG002 - the same form as Lock's
         return iter(())
 
     def register(self, state: State, proc: int, rootfs: str, warnings: list[str]) -> None:  # noqa: ARG002 - likewise

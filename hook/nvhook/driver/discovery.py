@@ -153,7 +153,7 @@ def discover(
     """The driver `version` below `driver_root`. DriverError when there is none, naming the versions that are there.
 
     A file that goes with the libraries and is damaged is left out; `warnings` name it. `opened` is the kind of Root
-    that is made of `driver_root`, for whoever wants to know what is looked at.
+    that is made of `driver_root`, for a caller that records what is read.
     """
     try:
         root = opened(os.open(driver_root, DIRECTORY))

@@ -190,7 +190,7 @@ def _nvml_origin(config: Config, gpus: Gpus) -> Json:
 
 
 def _mig_layout(directory: str, depth: int = 0) -> list[object]:
-    """Names and inode numbers of gpu*/mig/gi*/ci*, which are made anew with every MIG device."""
+    """Names and inode numbers of gpu*/mig/gi*/ci*: every new MIG device has new ones."""
     levels = ("gpu", "mig", "gi", "ci")
     if depth == len(levels):
         return []
@@ -275,7 +275,7 @@ def _is_rows(value: object) -> bool:
     return isinstance(value, list) and all(map(_is_texts, value))
 
 
-# What an inventory is believed to hold, as `_describe` has it.
+# The form that an inventory has to have: what `_describe` writes.
 _LIBRARY: Form = {
     "path": _is_text,
     "soname": _is_text,

@@ -8,7 +8,7 @@ The child is a fork and runs no program, because an unprivileged user need not b
 modules; what a copy of this process could tell the library, it may know. pynvml is imported before the privileges go,
 the library is loaded after.
 
-That this is dear, and that the answer is kept, is inventory.py's business.
+It takes long, so inventory.py keeps the answer.
 """
 
 from __future__ import annotations
@@ -197,7 +197,7 @@ def _shown(value: object) -> str:
 
 def _enter(config: Config) -> None:
     """Its own mounts: a /proc without the host's processes, the simulated host's /proc and /dev, all read-only."""
-    import pynvml  # noqa: F401 - dear, so here alone; and while it can be read
+    import pynvml  # noqa: F401 - slow to import, so only here, while the file can still be read
 
     kernel.mount("none", "/", None, kernel.MS_REC | kernel.MS_PRIVATE)
     if config.proc_root == "/":

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""JSON on the road of a container start: the C scanner and encoder of the standard library, without its package.
+"""JSON in the hot path of a start: the C scanner and encoder of the standard library, without its package.
 
 `import json` brings regular expressions and costs 7 ms, as much as the interpreter itself; `_json` costs nothing. Where
 an interpreter has no such module, or one that wants other arguments, the package does the work.

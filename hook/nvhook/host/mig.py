@@ -2,8 +2,9 @@
 """MIG devices: which there are, and which one a name means.
 
 Which there are is in /proc, as long as they exist, and costs no library. A UUID, or a place among the MIG devices of a
-GPU, is known to NVML alone: it is asked through a `Reporter`, and only for such a name. What it said may be older than
-the instances, because MIG is set up anew without a reboot; so it is compared with /proc, and asked again if it differs.
+GPU, is known to NVML alone: it is asked through a `Reporter`, and only for such a name. A kept answer may be older than
+the instances, because MIG can be set up again without a reboot; so it is compared with /proc, and NVML is asked again
+if it differs.
 """
 
 from __future__ import annotations

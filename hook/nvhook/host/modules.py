@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from nvhook.request.config import Config
 
     class Node(Protocol):
-        """A character device, as container/edits.py's Device has it."""
+        """A character device, like Device of container/edits.py."""
 
         path: str
         major: int

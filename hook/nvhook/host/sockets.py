@@ -14,7 +14,7 @@ import stat
 from nvhook.formats.record import Record
 from nvhook.linux.root import DIRECTORY, Root
 
-_MPS = "/tmp/nvidia-mps"  # noqa: S108 - where the daemon puts it; whose it is, is looked at
+_MPS = "/tmp/nvidia-mps"  # noqa: S108 - where the daemon puts it; its owner is checked
 
 # Below /run, or a /var/run that is a directory of its own -> the capabilities whose programs talk to it
 _DAEMONS = (

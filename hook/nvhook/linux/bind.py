@@ -68,7 +68,7 @@ class BindSource:
     def attach(self, names: Names, target: int, parent: int, name: str) -> int:
         """Mount on the file or directory `target`; the answer is a descriptor of the mount, for `names.detach`.
 
-        It is `name` in the directory `parent`, opened without following it; the caller has looked at what it is.
+        It is `name` in the directory `parent`, opened without following it; the caller has checked what it is.
         """
         if self._cloned:
             kernel.move_mount(self.fd, target)

@@ -3,7 +3,7 @@
 
 Not for symbols, sections or debugging data. Only program headers and what they lead to are read, as a dynamic linker
 does: section headers may be missing or wrong, and a library of 90 MB costs some 10 kB of reading. The file may be
-hostile, so every offset is held against the file's size and every count against a limit before it is followed.
+hostile, so every offset is checked against the file's size and every count against a limit before it is used.
 
 `headers` is for every container start, and imports nothing; symver.py goes on from there. `read` is for the driver's
 files, once per driver. Libraries that know the format walk all the section headers, and sizes in the file decide how

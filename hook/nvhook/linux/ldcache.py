@@ -53,11 +53,11 @@ class Entry:
 
 
 class Cache:
-    """The parts of a cache; ValueError says what is wrong with them. No entry of `table` has been looked at.
+    """The parts of a cache; ValueError says what is wrong with them. No entry of `table` has been read.
 
     whole        the file without an old part: the offsets in it count from here
     order        its byte that has the byte order
-    extension    where in `whole` its extension is, as the header has it; 0 for none
+    extension    where in `whole` its extension begins, from the header; 0 for none
     """
 
     __slots__ = ("count", "extension", "order", "strings", "strings_start", "table", "whole")

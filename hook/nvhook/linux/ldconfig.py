@@ -47,7 +47,7 @@ def seal(program: int) -> int:
 
 
 def run(program: int, rootfs: str, root: Root, directories: tuple[str, ...], owner: tuple[int, int]) -> None:
-    """Build etc/ld.so.cache in `root` anew, with `directories` before all others.
+    """Rebuild etc/ld.so.cache in `root`, with `directories` before all others.
 
     `rootfs` is the path of `root`'s directory, a mount point in this mount namespace; `owner` the (uid, gid) that the
     program runs as. OSError when a step fails; its text is what ldconfig printed, or the step's name. What it takes

@@ -2,7 +2,7 @@
 """Symbol versions of a shared object: those that it defines, and those that it needs of other files (LSB, "Symbol
 Versioning"; dl_version.c of glibc checks them before anything of a program runs).
 
-For the road of a container start: a few reads by offset and nothing imported. The file may be hostile: every table has
+For the hot path of a start: a few reads by offset, and nothing imported. The file may be hostile: every table has
 a limit, and nothing is read outside of the file.
 """
 

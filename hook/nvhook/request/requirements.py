@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The NVIDIA_REQUIRE_* expressions of an image, held against what the host has. Pure: no file, no NVML.
+"""The NVIDIA_REQUIRE_* expressions of an image, checked against what the host has. Pure: no file, no NVML.
 
     expression   alternatives, separated by spaces: one is enough
     alternative  terms, separated by commas: all must hold

@@ -2,7 +2,7 @@
 """What is wrong in the CDI specifications of this host: what engines stumble over, and what they do not notice.
 
 A specification is a list of paths and numbers of the day when it was made; a driver that is changed, a reboot or
-another MIG layout make it wrong, and no engine makes it anew.
+another MIG layout make it wrong, and no engine generates it again.
 """
 
 from __future__ import annotations

@@ -66,7 +66,7 @@ def _add_generate(actions: Subparsers) -> None:
     parser = actions.add_parser(
         "generate",
         help="a specification of this host's GPUs",
-        description="Make a specification of this host's GPUs. Make it anew when the driver or the MIG layout changes.",
+        description="Make a specification of this host's GPUs, and another when the driver or the MIG layout changes.",
         epilog="examples:\n"
         "  nvhook cdi generate --output /var/run/cdi/nvidia.yaml\n"
         "  nvhook cdi generate --device-name-strategy uuid --capabilities compute,utility",

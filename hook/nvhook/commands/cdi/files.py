@@ -205,7 +205,7 @@ def _validate(document: Any) -> None:
         validator = jsonschema.Draft202012Validator(json.load(file))
     error = min(validator.iter_errors(document), key=lambda found: len(found.absolute_path), default=None)
     if error is not None:
-        raise Fault(f"{_place(error.absolute_path)}: {_short(error.message)}", "correct it, or make the file anew")
+        raise Fault(f"{_place(error.absolute_path)}: {_short(error.message)}", "correct it, or generate the file again")
     name, count = collections.Counter(device["name"] for device in document["devices"]).most_common(1)[0]
     if count > 1:
         raise Fault(f"device `{name}` is there {count} times", "leave one of them")

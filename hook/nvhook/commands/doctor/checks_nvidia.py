@@ -134,7 +134,7 @@ def _parse(host: HostView, path: str) -> object:
             return json.loads(data)
         except RecursionError:
             raise ValueError("too deeply nested") from None
-    import yaml  # dear, and few hosts have such a file
+    import yaml  # slow to import, and few hosts have such a file
 
     try:
         return yaml.load(data, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))  # noqa: S506 - both are safe

@@ -111,7 +111,7 @@ def check_state_directory(host: HostView) -> Iterator[Finding]:
         yield ok(path, "is not there yet; the first start makes it")
         return
     except OSError:
-        yield skipped(path, "cannot be looked at by this user", "sudo nvhook doctor")
+        yield skipped(path, "cannot be read by this user", "sudo nvhook doctor")
         return
     if not stat.S_ISDIR(status.st_mode):
         yield failure(path, "is no directory", f"rm {path}")
@@ -119,7 +119,9 @@ def check_state_directory(host: HostView) -> Iterator[Finding]:
         why = f"others may write to it (owner {status.st_uid}, mode {stat.S_IMODE(status.st_mode):04o})"
         yield failure(path, f"{why}: what it keeps is not believed", f"chown root: {path} && chmod 755 {path}")
     elif os.geteuid() == 0 and os.statvfs(path).f_flag & os.ST_RDONLY:
-        yield warning(path, "cannot be written: every start looks for the driver anew", f"mount -o remount,rw {path}")
+        yield warning(
+            path, "cannot be written: every start searches for the driver again", f"mount -o remount,rw {path}"
+        )
     else:
         yield _inventory(host)
 

@@ -30,7 +30,7 @@ def failure(object: str, reason: str, remedy: str) -> Finding:  # noqa: A002
 
 
 def skipped(object: str, reason: str, remedy: str = "") -> Finding:  # noqa: A002
-    """What could not be looked at says nothing about the host."""
+    """What could not be inspected says nothing about the host."""
     return _finding(SKIPPED, object, reason, remedy)
 
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What of a plan a running container really has, and what of the driver it has beyond that.
 
-Everything is looked at through /proc/<pid>, by descriptors below the container's root: its processes can change what is
+Everything is read through /proc/<pid>, by descriptors below the container's root: its processes can change what is
 there at any time, so an answer is of the moment, and a name in it may be theirs.
 """
 

@@ -78,7 +78,7 @@ def run(options: argparse.Namespace, warnings: list[str]) -> int:
 
 
 def _watch(shown: Console, config: Config, warnings: list[str], seconds: float, *, as_json: bool) -> None:
-    """For ever: on a terminal the same lines anew, elsewhere one look under the other."""
+    """Until it is interrupted: on a terminal in place, elsewhere one report below the other."""
     from rich.live import Live
 
     with terminal.waiting("Asking the driver about its GPUs ..."):

@@ -35,7 +35,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class Now:
-    """`driver_version` as NVML has it, which is the only one to tell on WSL 2; `samples` by UUID."""
+    """`driver_version` is NVML's, which alone knows it on WSL 2; `samples` by UUID."""
 
     driver_version: str
     report: Report

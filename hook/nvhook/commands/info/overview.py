@@ -59,7 +59,7 @@ class GpuStatus:
 @dataclass
 class Overview:
     """`kind`: linux, wsl2, or none where there is no driver that nvhook serves; `module`: open or proprietary, empty on
-    WSL 2; `hidden`: processes that could not be looked at; `missing`: a sentence each, with the remedy."""
+    WSL 2; `hidden`: processes that could not be inspected; `missing`: a sentence each, with the remedy."""
 
     kind: str
     missing: list[str]
@@ -228,4 +228,4 @@ def _look_for_processes(config: Config, made: Overview, warnings: list[str]) -> 
     if made.hidden:
         remedy = "; run it as root to see all" if os.geteuid() else ""
         what = "one process" if made.hidden == 1 else f"{made.hidden} processes"
-        warnings.append(f"{what} could not be looked at{remedy}")
+        warnings.append(f"{what} could not be inspected{remedy}")

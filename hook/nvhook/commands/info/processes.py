@@ -38,7 +38,7 @@ _ENGINES = (
 
 @dataclass(frozen=True)
 class ContainerId:
-    """`engine`: a word of _ENGINES; `id` as that engine has it, a name with LXC."""
+    """`engine`: a word of _ENGINES; `id` is that engine's, with LXC a name."""
 
     engine: str
     id: str
@@ -61,7 +61,7 @@ class Process:
 
 
 def find(proc: str) -> tuple[list[Process], int]:
-    """(those that have a node open, how many could not be looked at), of the /proc at `proc`."""
+    """(those that have a node open, how many could not be inspected), of the /proc at `proc`."""
     found, hidden = [], 0
     end = time.monotonic() + _SECONDS
     for pid in sorted(int(name) for name in os.listdir(proc) if name.isdecimal() and name.isascii()):

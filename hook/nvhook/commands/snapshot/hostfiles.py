@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The driver's files as a host's description has them: what the search for the driver opens, and the links on the way.
 
-A link is written down by the path that has no other link in it, so that all of them can be made anew in any order.
+A link is written down by the path that has no other link in it, so that all of them can be made again in any order.
 """
 
 from __future__ import annotations
