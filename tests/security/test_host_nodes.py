@@ -143,6 +143,34 @@ def test_runtime_that_calls_no_hook_leaves_nothing(host: Host, installed: Instal
     assert host.left() == set()
 
 
+@pytest.mark.parametrize("words", [("run",), ("create",)], ids=" ".join)
+def test_runtime_that_calls_no_hook_where_there_is_no_server(
+    host: Host, installation: Installed, words: tuple[str, ...]
+) -> None:
+    """A process that has become the low-level runtime cannot, and nobody has prepared the start."""
+    installation.end()
+    bundle = host.shop.bundle()
+    bundle.write(["/bin/true"], {"NVIDIA_VISIBLE_DEVICES": "all", CHANNELS: _channels(64)})
+    _no_root(bundle.rootfs)
+    command = (*words, "--bundle", str(bundle.directory), bundle.id)
+    assert bundle.call(host.config, *command, wrapper=installation.wrapper).returncode != 0
+    assert host.left() == set()
+
+
+def test_start_that_succeeds_where_there_is_no_server(host: Host, installation: Installed) -> None:
+    installation.end()
+    bundle = host.shop.bundle()
+    bundle.write(["/bin/sleep", "60"], {"NVIDIA_VISIBLE_DEVICES": "all", CHANNELS: "3"})
+    words = ("run", "-d", "--bundle", str(bundle.directory), bundle.id)
+    try:
+        done = bundle.call(host.config, *words, wrapper=installation.wrapper, output=host.place / "output")
+        assert done.returncode == 0
+        time.sleep(2)
+        assert {"nvidia-uvm", "nvidia-caps-imex-channels/channel3", "char/236:3"} <= host.added()
+    finally:
+        bundle.delete()
+
+
 @pytest.mark.parametrize("damage", [None, _no_library_directory], ids=["good", "bad"])
 def test_hook_without_the_wrapper(host: Host, damage: Callable[[Path], object] | None) -> None:
     """As with dockerd's --gpus: the hook alone makes nodes, and knows whether it has succeeded."""
