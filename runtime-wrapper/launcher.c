@@ -27,6 +27,7 @@
 #include <sys/socket.h>
 #include <sys/stat.h>
 #include <sys/un.h>
+#include <sys/wait.h>
 #include <unistd.h>
 
 enum {
@@ -440,6 +441,15 @@ static char *look_up(const char *names) {
     return NULL;
 }
 
+/* Podman and CRI-O call `create` through conmon, below which no server can stay, and `start` themselves. Whatever
+ * becomes of that Python, the container starts: it may have asked for no GPU. */
+static void leave_server(void) {
+    char *work[] = {"leave", SERVER, NULL};
+    pid_t python = fork();
+    if (!python) become_python(work);
+    while (python > 0 && waitpid(python, NULL, 0) < 0 && errno == EINTR) continue;
+}
+
 int main(int argc, char **argv) {
     char **words = argv + (argc > 0);
     struct call call = parse_arguments(words);
@@ -450,10 +460,9 @@ int main(int argc, char **argv) {
         printf("NVIDIA Container Runtime version %s (nvhook)\n\n", VERSION);
         fflush(stdout);
     }
-    /* Podman and CRI-O call `create` through conmon, below which no server can stay, and `start` themselves. */
-    bool leaves_server = call.starts && may_ask_server() && !unlink(SERVER "/wanted");
-    if (needs_edit || leaves_server || !config.names) {
-        const char *const ours[] = {call.edits ? "edit" : leaves_server ? "start" : "pass", CONFIG, HOOK_PATH, SERVER,
+    if (call.starts && may_ask_server() && !unlink(SERVER "/wanted")) leave_server();
+    if (needs_edit || !config.names) {
+        const char *const ours[] = {call.edits ? "edit" : "pass", CONFIG, HOOK_PATH, SERVER,
                                     config.names ? config.names : "", runtime ? runtime : ""};
         char **work = join(ours, sizeof ours / sizeof *ours, words);
         struct text request = call.edits && runtime && may_ask_server() ? encode(work) : (struct text){0};

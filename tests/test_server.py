@@ -618,6 +618,27 @@ def test_start_leaves_it_where_create_could_not(shop: Workshop, installation: In
     assert is_served(shop, installation)
 
 
+@pytest.mark.parametrize("asks", [False, True], ids=["plain", "with-gpus"])
+def test_start_that_cannot_leave_it(shop: Workshop, installation: Installed, *, asks: bool) -> None:
+    """Python, or its modules, may be gone for a moment, as while they are upgraded: the container starts."""
+    bundle = shop.bundle().write(["/bin/sleep", "60"], ALL if asks else {})
+    config, output = shop.config(HOST), shop.new("output")
+    words = ("create", "--bundle", str(bundle.directory), bundle.id)
+    python = installation.python.path
+    content = python.read_text()
+    try:
+        assert bundle.call(config, *words, wrapper=installation.wrapper, output=output).returncode == 0
+        installation.end()
+        installation.server.mkdir(mode=0o700)
+        (installation.server / "wanted").touch()
+        python.write_text("#!/bin/sh\necho >&2 no Python; exit 1\n")
+        assert bundle.call(config, "start", bundle.id, wrapper=installation.wrapper).returncode == 0
+        assert not (installation.server / "wanted").exists()
+    finally:
+        python.write_text(content)
+        bundle.delete()
+
+
 def test_callers_below_such_a_process_are_served(shop: Workshop, installed: Installed) -> None:
     """Podman's containers, once there is a server."""
     assert is_served(shop, installed, "/usr/bin/python3", "-c", _CONMON)

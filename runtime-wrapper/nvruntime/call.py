@@ -2,8 +2,8 @@
 """What the launcher (../launcher.c) asks of Python, in its own words:
 
     edit CONFIG HOOK SERVER CANDIDATES RUNTIME ARGUMENT ...    edit the container's config.json, then become the runtime
-    start CONFIG HOOK SERVER CANDIDATES RUNTIME ARGUMENT ...   leave a server, as `create` could not; become the runtime
     pass CONFIG HOOK SERVER CANDIDATES RUNTIME ARGUMENT ...    become the runtime: the launcher cannot read config.toml
+    leave SERVER                                               leave a server, as `create` could not, and end
     hook CONFIG ARGUMENT ...                                   nvidia-container-runtime-hook
 
 CANDIDATES and RUNTIME are empty where Python is to read config.toml for them; RUNTIME alone is where none was found.

@@ -22,12 +22,16 @@ def main(words: list[str]) -> None:
     """Do it in this process, which ends then, or becomes the low-level runtime."""
     status = 1
     try:
-        call = parse(words)
-        if call and call.server and words[0] != "pass":
+        if words[0] == "leave":
             from . import server
 
-            is_left = server.leave(call.server)  # before anything of this container is in memory
-            if not is_left and words[0] == "edit":
+            server.leave(words[1])
+            os._exit(0)
+        call = parse(words)
+        if call and call.server and words[0] == "edit":
+            from . import server
+
+            if not server.leave(call.server):  # before anything of this container is in memory
                 server.want(call.server)
         status = work.run(words, call, _watch)
         if call and not status:

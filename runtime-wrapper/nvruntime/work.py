@@ -22,4 +22,4 @@ def run(words: list[str], call: Call | None, stay: Callable[[Start], str] | None
 
     if words[0] == "edit":
         return create.main(call, stay)
-    return 0 if call.runtime else create.find_runtime(call)
+    return create.find_runtime(call)
