@@ -277,3 +277,23 @@ def test_caller_that_does_not_wait(prepared: tuple[Path, Bundle]) -> None:
 
 def test_socket_is_roots_alone(prepared: tuple[Path, Bundle]) -> None:
     assert prepared[0].stat().st_mode & 0o7777 == 0o600
+
+
+_WITHOUT_RIGHTS = """
+import socket, sys
+for _ in range(100):
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as connection:
+        connection.connect(sys.argv[1])
+        assert connection.recv(8) == b""
+"""
+
+
+def test_callers_that_are_refused_use_up_nothing(prepared: tuple[Path, Bundle]) -> None:
+    """A container with uid 0 and the host's /run may ask as often as it likes, and the hook is served."""
+    path, _ = prepared
+    own = Path(f"/proc/{path.name[6:]}/fd")
+    command = ["setpriv", "--bounding-set=-all", "/usr/bin/python3", "-c", _WITHOUT_RIGHTS, str(path)]
+    subprocess.run(command, check=True, timeout=60)  # and it has prepared by then
+    before = len(os.listdir(own))
+    subprocess.run(command, check=True, timeout=60)
+    assert wait_until(lambda: abs(len(os.listdir(own)) - before) < 10, 5)

@@ -57,12 +57,13 @@ def remove(path: str) -> None:
 class Caller:
     """The next one at `listener`. `process` is a pidfd of it."""
 
-    __slots__ = ("_connection", "_directory", "_null", "_pid", "process")
+    __slots__ = ("_connection", "_descriptors", "_directory", "_null", "_pid", "process")
 
     def __init__(self, listener: _socket.socket) -> None:
         fd, _ = listener._accept()  # type: ignore[attr-defined]  # what the package `socket` calls, at 6 ms
         self._connection = _socket.socket(fileno=fd)
         self._null = self._directory = self._pid = self.process = -1
+        self._descriptors = array.array("i")
 
     def receive(self, own: list[object]) -> list[str]:
         """The words of call.parse; this process has the caller's directory, streams, environment and umask then.
@@ -70,6 +71,15 @@ class Caller:
         Refused for one that does not live as we do, which is `own`, or would load other modules: our work would not be
         what it would do itself.
         """
+        try:
+            words, variables, umask = self._request(own)
+        except BaseException:
+            self._end()  # whoever may not ask can do so as often as he likes
+            raise
+        self._live_as(variables, umask)
+        return words
+
+    def _request(self, own: list[object]) -> tuple[list[str], dict[bytes, bytes], int]:
         connection = self._connection
         self._pid, uid, _ = _CREDENTIALS.unpack(connection.getsockopt(_socket.SOL_SOCKET, _SO_PEERCRED, 12))
         if uid != 0 or self._pid <= 0:
@@ -86,24 +96,28 @@ class Caller:
         space = _socket.CMSG_SPACE(_CREDENTIALS.size) + _socket.CMSG_SPACE(4 * _DESCRIPTORS)
         content, messages, flags, _ = connection.recvmsg(_MAX_REQUEST + 1, space, _socket.MSG_CMSG_CLOEXEC)
         found = {kind: data for level, kind, data in messages if level == _socket.SOL_SOCKET}
-        descriptors = array.array("i", found.get(_socket.SCM_RIGHTS, b""))
+        self._descriptors = array.array("i", found.get(_socket.SCM_RIGHTS, b""))
         sender = _CREDENTIALS.unpack(found.get(_SCM_CREDENTIALS, bytes(12)))
-        if flags & (_socket.MSG_TRUNC | _socket.MSG_CTRUNC) or len(descriptors) != _DESCRIPTORS:
+        if flags & (_socket.MSG_TRUNC | _socket.MSG_CTRUNC) or len(self._descriptors) != _DESCRIPTORS:
             raise Refused
         if sender[:2] != (self._pid, 0) or readable([self.process], 0):
             raise Refused
-        words, variables, umask = parse(content)
-        self._live_as(descriptors, variables, umask)
-        return words
+        return parse(content)
 
-    def _live_as(self, descriptors: array.array[int], variables: dict[bytes, bytes], umask: int) -> None:
+    def _end(self) -> None:
+        self._connection.close()
+        for fd in (self.process, *self._descriptors):
+            if fd >= 0:
+                os.close(fd)
+
+    def _live_as(self, variables: dict[bytes, bytes], umask: int) -> None:
         # Ours are kept open: where the work ends, in a container's mount namespace, no path may be looked up.
         self._null = os.dup(0)
         self._directory = os.open(".", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-        os.fchdir(descriptors[0])
+        os.fchdir(self._descriptors[0])
         for target in (0, 1, 2):
-            os.dup2(descriptors[target + 1], target)
-        for fd in descriptors:
+            os.dup2(self._descriptors[target + 1], target)
+        for fd in self._descriptors:
             os.close(fd)
         os.umask(umask)
         os.environb.clear()
