@@ -248,6 +248,17 @@ def test_place_that_cannot_be_written(host: Host, harm: Callable[[Host], None]) 
         assert len(host.logged()) == 1
 
 
+def test_nothing_is_looked_for_a_second_time(tmp_path: Path) -> None:
+    """A start that fails in the container's mount namespace looks up no path there, though neither place was there."""
+    host = _bare(tmp_path)
+    host.log = tmp_path / "none/log"
+    trail = audit.Audit(host.config(), "hook", "name")
+    _begin(trail, _spec(ALL))
+    host.log.parent.mkdir()
+    trail.refuse("x")
+    assert not host.log.exists()
+
+
 def test_path_of_a_socket_that_is_too_long(tmp_path: Path) -> None:
     place = tmp_path / ("x" * 100)
     (place / "dev").mkdir(parents=True)

@@ -43,7 +43,18 @@ class Audit:
     silent   somebody else has written who gets what, and only an error that stops the start is left to write
     """
 
-    __slots__ = ("_config", "_file", "_log", "_program", "_request", "_socket", "container", "silent", "spec")
+    __slots__ = (
+        "_config",
+        "_file",
+        "_is_open",
+        "_log",
+        "_program",
+        "_request",
+        "_socket",
+        "container",
+        "silent",
+        "spec",
+    )
 
     def __init__(
         self,
@@ -60,6 +71,7 @@ class Audit:
         self.silent = silent
         self._file = -1
         self._socket = -1
+        self._is_open = False
         self._request: Request | None = None
         self.container = container
         self.spec: Spec | None = None
@@ -101,8 +113,9 @@ class Audit:
         self._write(level, "refused", {"asked_by": origin, "why": why})
 
     def _open(self) -> None:
-        if self._file != -1 or self._socket != -1:
+        if self._is_open:  # and what could not be opened is not looked for again: we may be in another namespace
             return
+        self._is_open = True
         self._socket = _syslog(os.path.join(self._config.dev_root, "dev/log"))
         self._file = open_log(self._config.log_file)
 
