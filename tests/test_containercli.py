@@ -6,6 +6,7 @@ The programs that call it are not here; what they say is, word for word: LXC's h
 
 from __future__ import annotations
 
+import argparse
 import os
 import re
 import shlex
@@ -13,13 +14,16 @@ import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
 import docpages
 from containers import REPOSITORY, TRIPLET, TRY, Workshop, gpu_lines, own_mounts, tree
+from nvhook.commands.containercli import configure as cli_configure
 from nvhook.commands.containercli import options as containeroptions
 from nvhook.commands.containercli.options import InputError
+from nvhook.errors import ContainerError
 
 CLI = REPOSITORY / "scripts/nvidia-container-cli"
 A100, MIG = "a100x2", "a100x8-mig"
@@ -593,6 +597,19 @@ def test_image_in_the_way_is_undone(shop: Workshop) -> None:
     done = direct(shop, f"{UTILITY} --device=0", rootfs=rootfs)
     assert re.match("nvidia-container-cli: mount error: .*the image has a directory there\n", done.stderr)
     assert before == tree(rootfs)
+
+
+def test_tree_that_cannot_be_locked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was made on the host for the container is taken back as for any other fault."""
+    place, start = mock.Mock(), mock.Mock(edits=[])
+    start.nodes.return_value = []
+    place.lock_root_if_possible.side_effect = ContainerError("another container has it")
+    monkeypatch.setattr(cli_configure.container, "here", lambda _: place)
+    monkeypatch.setattr(cli_configure.prestart, "prepare", lambda *_: None)
+    options = argparse.Namespace(pid=None, rootfs="/x", no_cgroups=True)
+    with pytest.raises(ContainerError):
+        cli_configure._apply(options, start, mock.MagicMock())
+    start.take_back.assert_called_once_with()
 
 
 WARNED = {

@@ -56,6 +56,16 @@ def _apply(options: argparse.Namespace, start: Start, log: CommandLog) -> None:
     place = container.find(options.pid, options.rootfs) if options.pid else container.here(options.rootfs)
     start.choose()
     prestart.prepare(start, place.root)
+    try:
+        _change(options, start, place, log)
+    except BaseException:
+        start.take_back()
+        raise
+    if start.made:
+        start.made.keep()
+
+
+def _change(options: argparse.Namespace, start: Start, place: container.Container, log: Log) -> None:
     nodes = start.nodes()
     start.edits = [edit for edit in start.edits if not _is_left_out(options, edit)]
     for edit in start.edits if log else ():
@@ -64,14 +74,8 @@ def _apply(options: argparse.Namespace, start: Start, log: CommandLog) -> None:
         what = "the device cgroup is the caller's own without --pid, and stays as it is"
         start.warnings.append(f"{what}; say --no-cgroups")
     place.lock_root_if_possible(start.config.state_dir)
-    try:
-        with place.lock:
-            prestart.change(start, place, nodes if options.pid else [])
-    except BaseException:
-        start.take_back()
-        raise
-    if start.made:
-        start.made.keep()
+    with place.lock:
+        prestart.change(start, place, nodes if options.pid else [])
 
 
 def _is_left_out(options: argparse.Namespace, edit: Edit) -> bool:
