@@ -69,7 +69,8 @@ def prepare(start: Start, root: Root) -> None:
     try:
         for again in (False, True):
             start.draw(root, again=again)
-            start.made = modules.make_nodes(start.config, start.nodes(), start.warnings, start.id)
+            made = modules.make_nodes(start.config, start.nodes(), start.warnings, start.id)
+            start.made = made or start.made  # with a fault there is what the wrapper made, to be taken back
             try:
                 for edit in start.edits:
                     edit.prepare(start.config, root)

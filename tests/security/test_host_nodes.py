@@ -11,15 +11,22 @@ import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
 from containers import HOOK, Workshop
 from installed import Installed
+from nvhook import prestart
+from nvhook.container import image_check
 from nvhook.container.edits import Device
+from nvhook.errors import ContainerError
 from nvhook.host import modules
 from nvhook.request import config as configuration
 from nvhook.request.config import Config
+from nvhook.request.request import Request
+from nvhook.request.spec import Spec
+from nvhook.start import Start
 
 pytestmark = pytest.mark.root
 CHANNELS = "NVIDIA_IMEX_CHANNELS"
@@ -240,6 +247,20 @@ def test_bundle_that_cannot_be_written(host: Host) -> None:
     bundle.write()
     assert bundle.run(host.config).returncode == 1
     assert host.added() == set()
+
+
+def test_nodes_of_the_wrapper_where_the_hook_cannot_look(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where the lock cannot be opened a second time: what was made before is taken back with the start."""
+    made = mock.Mock()
+    start = Start(configuration.load(str(host.config)), Spec(rootfs="/x"), Request((), (), (), ""), "first", [])
+    start.made = made
+    monkeypatch.setattr(Start, "draw", lambda *_, **__: None)
+    monkeypatch.setattr(modules, "make_nodes", lambda *_: None)
+    monkeypatch.setattr(image_check, "check", mock.Mock(side_effect=ContainerError("no good")))
+    start.driver = start.layout = mock.Mock()
+    with pytest.raises(ContainerError):
+        prestart.prepare(start, mock.Mock())
+    made.take_back.assert_called_once_with()
 
 
 # Two starts at once: modules.py by itself
