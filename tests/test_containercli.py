@@ -14,16 +14,22 @@ import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from unittest import mock
 
 import pytest
 
 import docpages
 from containers import REPOSITORY, TRIPLET, TRY, Workshop, gpu_lines, own_mounts, tree
+from nvhook import prestart
 from nvhook.commands.containercli import configure as cli_configure
 from nvhook.commands.containercli import options as containeroptions
+from nvhook.commands.containercli.log import CommandLog
 from nvhook.commands.containercli.options import InputError
+from nvhook.container import container
 from nvhook.errors import ContainerError
+from nvhook.request import config
+from nvhook.request.request import Request
+from nvhook.request.spec import Spec
+from nvhook.start import Start
 
 CLI = REPOSITORY / "scripts/nvidia-container-cli"
 A100, MIG = "a100x2", "a100x8-mig"
@@ -599,17 +605,35 @@ def test_image_in_the_way_is_undone(shop: Workshop) -> None:
     assert before == tree(rootfs)
 
 
-def test_tree_that_cannot_be_locked(monkeypatch: pytest.MonkeyPatch) -> None:
+class _Unlockable:
+    """A container whose root filesystem another one has."""
+
+    root = None
+
+    def lock_root_if_possible(self, _: str) -> None:
+        raise ContainerError("another container has it")
+
+
+class _Made:
+    def __init__(self) -> None:
+        self.is_taken_back = False
+
+    def take_back(self) -> None:
+        self.is_taken_back = True
+
+
+def test_tree_that_cannot_be_locked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """What was made on the host for the container is taken back as for any other fault."""
-    place, start = mock.Mock(), mock.Mock(edits=[])
-    start.nodes.return_value = []
-    place.lock_root_if_possible.side_effect = ContainerError("another container has it")
-    monkeypatch.setattr(cli_configure.container, "here", lambda _: place)
-    monkeypatch.setattr(cli_configure.prestart, "prepare", lambda *_: None)
+    start = Start(config.load("/nonexistent"), Spec(rootfs="/x"), Request(("all",), (), (), ""), "/x", [])
+    made = _Made()
+    start.made = made  # type: ignore[assignment]
+    monkeypatch.setattr(container, "here", lambda _: _Unlockable())
+    monkeypatch.setattr(prestart, "prepare", lambda *_: None)
+    monkeypatch.setattr(Start, "choose", lambda _: None)
     options = argparse.Namespace(pid=None, rootfs="/x", no_cgroups=True)
     with pytest.raises(ContainerError):
-        cli_configure._apply(options, start, mock.MagicMock())
-    start.take_back.assert_called_once_with()
+        cli_configure._apply(options, start, CommandLog(str(tmp_path / "log"), []))
+    assert made.is_taken_back
 
 
 WARNED = {

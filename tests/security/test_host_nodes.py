@@ -11,7 +11,6 @@ import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
-from unittest import mock
 
 import pytest
 
@@ -19,9 +18,12 @@ from containers import HOOK, Workshop
 from installed import Installed
 from nvhook import prestart
 from nvhook.container import image_check
+from nvhook.container.container import Layout
 from nvhook.container.edits import Device
+from nvhook.driver.records import Driver
 from nvhook.errors import ContainerError
 from nvhook.host import modules
+from nvhook.linux.root import DIRECTORY, Root
 from nvhook.request import config as configuration
 from nvhook.request.config import Config
 from nvhook.request.request import Request
@@ -249,18 +251,33 @@ def test_bundle_that_cannot_be_written(host: Host) -> None:
     assert host.added() == set()
 
 
-def test_nodes_of_the_wrapper_where_the_hook_cannot_look(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+class _Made:
+    def __init__(self) -> None:
+        self.is_taken_back = False
+
+    def take_back(self) -> None:
+        self.is_taken_back = True
+
+
+def test_nodes_of_the_wrapper_where_the_hook_cannot_look(
+    host: Host, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """As where the lock cannot be opened a second time: what was made before is taken back with the start."""
-    made = mock.Mock()
+
+    def fail(*_: object) -> None:
+        raise ContainerError("no good")
+
     start = Start(configuration.load(str(host.config)), Spec(rootfs="/x"), Request((), (), (), ""), "first", [])
-    start.made = made
+    made = _Made()
+    start.made = made  # type: ignore[assignment]
+    start.driver, start.layout = Driver("9.1", [], [], []), Layout("/usr/lib64", "/usr/lib32")
     monkeypatch.setattr(Start, "draw", lambda *_, **__: None)
     monkeypatch.setattr(modules, "make_nodes", lambda *_: None)
-    monkeypatch.setattr(image_check, "check", mock.Mock(side_effect=ContainerError("no good")))
-    start.driver = start.layout = mock.Mock()
+    monkeypatch.setattr(image_check, "check", fail)
+    root = Root(os.open(tmp_path, DIRECTORY))
     with pytest.raises(ContainerError):
-        prestart.prepare(start, mock.Mock())
-    made.take_back.assert_called_once_with()
+        prestart.prepare(start, root)
+    assert made.is_taken_back
 
 
 # Two starts at once: modules.py by itself

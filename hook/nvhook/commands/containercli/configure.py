@@ -65,7 +65,7 @@ def _apply(options: argparse.Namespace, start: Start, log: CommandLog) -> None:
         start.made.keep()
 
 
-def _change(options: argparse.Namespace, start: Start, place: container.Container, log: Log) -> None:
+def _change(options: argparse.Namespace, start: Start, place: container.Container, log: CommandLog) -> None:
     nodes = start.nodes()
     start.edits = [edit for edit in start.edits if not _is_left_out(options, edit)]
     for edit in start.edits if log else ():
