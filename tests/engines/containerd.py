@@ -127,7 +127,10 @@ class Containerd:
     def run(self, *options: str, image: str = IMAGE, script: str = "nvidia-smi -L", plain: bool = False) -> str:
         """What `script` prints in a container that ends well; `plain`: without nvhook."""
         runtime = () if plain else ("--runc-binary", str(self.wrapper))
-        return self.do("run", "--rm", *runtime, *options, image, self.new_name(), "sh", "-euc", script)
+        said = ""
+        for _ in range(3):  # ctr of containerd 1.6 may delete a task that has ended before it has copied its output
+            said = said or self.do("run", "--rm", *runtime, *options, image, self.new_name(), "sh", "-euc", script)
+        return said
 
     def run_bundle(self, bundle: Bundle) -> str:
         """What the process of a config.json made by hand prints."""

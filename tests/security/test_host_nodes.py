@@ -48,7 +48,9 @@ class Host:
         self._before = self._names()
 
     def _names(self) -> set[str]:
-        return {str(path.relative_to(self.place / "dev")) for path in (self.place / "dev").rglob("*")}
+        top = self.place / "dev"
+        tree = os.walk(top)  # which passes over a directory that is taken back at this moment
+        return {os.path.relpath(f"{place}/{name}", top) for place, *names in tree for name in (*names[0], *names[1])}
 
     def added(self) -> set[str]:
         return self._names() - self._before
