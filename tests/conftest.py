@@ -96,7 +96,7 @@ def installed(installation: Installed, shop: Workshop) -> Iterator[Installed]:
         assert start(shop, installation, {}).stdout == BOTH
         assert installation.wait()
     yield installation
-    for pid in (installation.pid(), *installation.children("nvhook-ready")):
+    for pid in (installation.pid(), *installation.children("nvhook-ready"), *installation.children("nvhook-busy")):
         if pid:
             with contextlib.suppress(ProcessLookupError):  # it has just ended
                 os.kill(pid, signal.SIGCONT)

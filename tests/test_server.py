@@ -331,7 +331,7 @@ def test_killed_at_any_point(shop: Workshop, installed: Installed) -> None:
     def kill() -> None:
         while len(killed) < 30 and not over.is_set():
             time.sleep(chosen.uniform(0, 0.3))
-            names = ("nvhook-ready", "nvhook-ahead", "python3")
+            names = ("nvhook-ready", "nvhook-busy", "nvhook-ahead", "python3")
             pids = [installed.pid(), *(pid for name in names for pid in installed.children(name))]
             pids = [pid for pid in pids if pid]
             if pids:

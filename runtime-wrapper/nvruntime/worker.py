@@ -38,6 +38,7 @@ class Worker:
         kernel.prctl(kernel.PR_SET_NAME, b"nvhook-ready")
         caller = Caller(self._listener)
         os.write(tell, b"\n")
+        kernel.prctl(kernel.PR_SET_NAME, b"nvhook-busy")
         kernel.prctl(kernel.PR_SET_PDEATHSIG, 0)
         signal.alarm(_LIMIT)
         self._listener.close()

@@ -135,7 +135,11 @@ class Machine:
         """(id out here, name) of everyone but our own two, and the two that nvhook leaves for a while."""
         first = self._first
         below = children(first)
-        found = [(pid, name) for pid, name in self._everyone() if name not in ("nvhook-server", "nvhook-ready")]
+        found = [
+            (pid, name)
+            for pid, name in self._everyone()
+            if name not in ("nvhook-server", "nvhook-ready", "nvhook-busy")
+        ]
         return [(pid, name) for pid, name in found if pid != first and not (pid in below and name == "cat")]
 
     def _everyone(self) -> list[tuple[int, str]]:
