@@ -446,7 +446,7 @@ def checker(cdi: Cdi, capsys: Capture, host: str | Path, place: Path) -> Checked
     return check
 
 
-ANEW = "generate it again with `nvhook cdi generate --output /cdi/nvidia.yaml`"
+AGAIN = "generate it again with `nvhook cdi generate --output /cdi/nvidia.yaml`"
 
 
 def change(path: Path, edit: Callable[[Any], object]) -> None:
@@ -463,10 +463,10 @@ def test_check_finds_what_is_gone(checked: Checked, tmp_path: Path) -> None:
     (host / "driver/usr/bin/nvidia-smi").unlink()
     change(tmp_path / "cdi/nvidia.yaml", lambda document: document["containerEdits"]["hooks"][0].update(path="/gone"))
     assert checked() == [
-        f"/cdi/nvidia.yaml: device node `/host/dev/nvidia-uvm`: no such file or directory; {ANEW}",
-        f"/cdi/nvidia.yaml: mounts `/host/driver/usr/bin/nvidia-smi`: no such file or directory; {ANEW}",
-        f"/cdi/nvidia.yaml: runs the hook `/gone`: no such file or directory; {ANEW}",
-        f"/cdi/nvidia.yaml: device node `/host/dev/nvidia0`: is another kind of file; {ANEW}",
+        f"/cdi/nvidia.yaml: device node `/host/dev/nvidia-uvm`: no such file or directory; {AGAIN}",
+        f"/cdi/nvidia.yaml: mounts `/host/driver/usr/bin/nvidia-smi`: no such file or directory; {AGAIN}",
+        f"/cdi/nvidia.yaml: runs the hook `/gone`: no such file or directory; {AGAIN}",
+        f"/cdi/nvidia.yaml: device node `/host/dev/nvidia0`: is another kind of file; {AGAIN}",
     ]
 
 
@@ -474,7 +474,7 @@ def test_check_finds_a_driver_that_has_changed(checked: Checked, tmp_path: Path)
     version = tmp_path / "host/proc/driver/nvidia/version"
     version.write_text(version.read_text().replace("550.163.01", "575.57.08"))
     what = "is of driver 550.163.01, and the loaded kernel module is of 575.57.08"
-    assert checked() == [f"/cdi/nvidia.yaml: {what}; {ANEW}"]
+    assert checked() == [f"/cdi/nvidia.yaml: {what}; {AGAIN}"]
 
 
 def test_check_finds_gpus_that_were_changed(checked: Checked, tmp_path: Path) -> None:
@@ -483,8 +483,8 @@ def test_check_finds_gpus_that_were_changed(checked: Checked, tmp_path: Path) ->
     uuid = text.partition("GPU UUID:")[2].split()[0]
     information.write_text(text.replace(uuid, "GPU-11111111-1111-1111-1111-111111111111"))
     assert checked() == [
-        f"/cdi/nvidia.yaml: has a device `{uuid}`, and this host has none; {ANEW}",
-        f"/cdi/nvidia.yaml: has no device `GPU-11111111-1111-1111-1111-111111111111`, and this host has one; {ANEW}",
+        f"/cdi/nvidia.yaml: has a device `{uuid}`, and this host has none; {AGAIN}",
+        f"/cdi/nvidia.yaml: has no device `GPU-11111111-1111-1111-1111-111111111111`, and this host has one; {AGAIN}",
     ]
 
 
@@ -497,8 +497,8 @@ def test_check_finds_another_mig_layout(cdi: Cdi, capsys: Capture, copy: Callabl
     assert check() == ["ok"]
     change(tmp_path / "cdi/nvidia.yaml", lambda document: document["devices"][-2].update(name="MIG-1"))
     assert check() == [
-        f"/cdi/nvidia.yaml: has a device `MIG-1`, and this host has none; {ANEW}",
-        f"/cdi/nvidia.yaml: has no device `MIG-804a9e0f-fd06-506a-a63a-6a10a87f3733`, and this host has one; {ANEW}",
+        f"/cdi/nvidia.yaml: has a device `MIG-1`, and this host has none; {AGAIN}",
+        f"/cdi/nvidia.yaml: has no device `MIG-804a9e0f-fd06-506a-a63a-6a10a87f3733`, and this host has one; {AGAIN}",
     ]
 
 
@@ -506,7 +506,7 @@ def test_check_finds_many_faults_in_few_lines(checked: Checked, tmp_path: Path) 
     shutil.rmtree(tmp_path / "host/driver/usr/lib/x86_64-linux-gnu")
     lines = checked()
     assert len(lines) == 21
-    assert lines[-1].endswith(f" more faults; {ANEW}")
+    assert lines[-1].endswith(f" more faults; {AGAIN}")
 
 
 def test_check_finds_numbers_of_another_boot(checked: Checked, tmp_path: Path) -> None:
@@ -519,7 +519,7 @@ def test_check_finds_numbers_of_another_boot(checked: Checked, tmp_path: Path) -
     change(tmp_path / "cdi/nvidia.yaml", record)
     major = os.major((tmp_path / "host/dev/nvidia-uvm").stat().st_rdev)
     what = f"device node `/host/dev/nvidia-uvm`: its major is {major} now, and 236 in the file"
-    assert checked() == [f"/cdi/nvidia.yaml: {what}; {ANEW}"]
+    assert checked() == [f"/cdi/nvidia.yaml: {what}; {AGAIN}"]
 
 
 def test_check_finds_names_that_are_there_twice(checked: Checked, tmp_path: Path) -> None:

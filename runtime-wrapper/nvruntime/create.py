@@ -112,8 +112,8 @@ def edit(
     trail.begin(asked, warnings[known:])
     if asked is None:
         return None
-    from nvhook import plan
-    from nvhook.host import modules  # only for a container that asks
+    from nvhook import plan  # these three only for a container that asks
+    from nvhook.host import modules
     from nvhook.start import Start
 
     start = Start(config, described, asked, call.arguments[-1], warnings)

@@ -32,7 +32,7 @@ def pci_gpus(sys: str) -> dict[str, str]:
 
 def nodes(gpus: Gpus, capabilities: tuple[str, ...]) -> list[Device]:
     """The nodes of all GPUs that a container with these capabilities gets. Those of a module that is not loaded are
-    left out: nobody knows their numbers."""
+    left out, because their numbers are unknown."""
     found: dict[str, Device] = {}
     for capability in capabilities:
         try:

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the dynamic linker of an image finds: its C library, and libraries by their names. Nothing is said here of what
-that means (image_check.py); no file is more than looked at.
+that means (image_check.py); files are read and never executed.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The host's GPUs as the kernel module shows them below /proc, and the choice of those a container asked for.
+"""The host's GPUs and MIG instances, as the kernel module shows them below /proc.
 
 Cheap on purpose: a few small files of /proc, no library, no NVML. The order is NVML's (ascending PCI bus id), so that
 index 0 here is index 0 of nvidia-smi.

@@ -69,7 +69,7 @@ def read(config: Config, capabilities: tuple[str, ...], warnings: list[str], *, 
 
 
 def now(config: Config, request: Request, chosen: Selection, gpus: Gpus, warnings: list[str]) -> Offers:
-    """What else the host has for `request` at this moment. RequestError and DeviceError as in caps.find()."""
+    """What else the host has for `request` at this moment. RequestError and DeviceError as in cap_nodes.find()."""
     nodes, files = cap_nodes.find(config, request, chosen, gpus)
     feature_nodes, feature_files = features.find(config, request.features, warnings)
     return Offers(

@@ -167,7 +167,7 @@ class Segment:
 
 
 class Headers:
-    """Of an ELF file: `bits` 32 or 64, `order` the byte order as struct has it, `type` and `machine` the numbers."""
+    """`bits` is 32 or 64, `order` the byte order in the notation of struct, `type` and `machine` the ELF numbers."""
 
     __slots__ = ("_entry", "bits", "file", "machine", "order", "segments", "type")
 
