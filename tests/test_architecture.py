@@ -277,6 +277,14 @@ names()
 """
 
 
+def _with_an_inventory(host: Path, directory: Path) -> Path:
+    """A config.toml for the simulated host, whose state is in `directory` and has the inventory already."""
+    settings = directory / "config.toml"
+    settings.write_text((host / "config.toml").read_text().replace(f"{host}/run", f"{directory}/run"))
+    inventory.load(config.load(str(settings)), "580.159.04", [])
+    return settings
+
+
 _POSTSTOP_ROAD = """
 import io
 from nvhook import hook
@@ -297,11 +305,7 @@ def test_road_of_the_hook_without_a_request(tmp_path: Path) -> None:
 @pytest.mark.root
 def test_road_of_the_hook_with_an_inventory(simhost: Callable[[str], Path], tmp_path: Path) -> None:
     """All that happens in the host's namespace, the sources of the mounts included, and no ELF file is read."""
-    host = simhost("h200")
-    settings = tmp_path / "config.toml"
-    text = (host / "config.toml").read_text()
-    settings.write_text(text.replace(f"{host}/run", f"{tmp_path}/run"))
-    inventory.load(config.load(str(settings)), "580.159.04", [])
+    settings = _with_an_inventory(simhost("h200"), tmp_path)
     loaded = _loaded(_HOOK_ROAD, str(settings), _bundle(tmp_path, "NVIDIA_VISIBLE_DEVICES=all"))
     assert {"nvhook.driver.records", "nvhook.plan", "nvhook.linux.kernel"} <= loaded
     assert not loaded & HEAVY
@@ -311,11 +315,7 @@ def test_road_of_the_hook_with_an_inventory(simhost: Callable[[str], Path], tmp_
 @pytest.mark.root
 def test_server_has_loaded_what_a_start_needs(simhost: Callable[[str], Path], tmp_path: Path) -> None:
     """Else each of its children would import it: 6 ms of a start of 28."""
-    host = simhost("h200")
-    settings = tmp_path / "config.toml"
-    text = (host / "config.toml").read_text()
-    settings.write_text(text.replace(f"{host}/run", f"{tmp_path}/run"))
-    inventory.load(config.load(str(settings)), "580.159.04", [])
+    settings = _with_an_inventory(simhost("h200"), tmp_path)
     bundle = _bundle(tmp_path, "NVIDIA_VISIBLE_DEVICES=all")
     needed = _loaded(_WRAPPER_ROAD, str(settings), bundle) | _loaded(_HOOK_ROAD, str(settings), bundle)
     (tmp_path / "config.json").write_text('{"process": {}, "root": {"path": "rootfs"}}')
@@ -326,12 +326,8 @@ def test_server_has_loaded_what_a_start_needs(simhost: Callable[[str], Path], tm
 @pytest.mark.root
 def test_road_of_the_hook_that_asks_nvml(simhost: Callable[[str], Path], tmp_path: Path) -> None:
     """pynvml and the library are loaded in another process, on the first road and not at all on the second."""
-    host = simhost("h200")
-    settings = tmp_path / "config.toml"
-    text = (host / "config.toml").read_text()
-    settings.write_text(text.replace(f"{host}/run", f"{tmp_path}/run"))
+    settings = _with_an_inventory(simhost("h200"), tmp_path)
     bundle = _bundle(tmp_path, "NVIDIA_VISIBLE_DEVICES=all", "NVIDIA_REQUIRE_X=brand=nvidia")
-    inventory.load(config.load(str(settings)), "580.159.04", [])
     packages = f"sys.path.append({str(Path(str(pynvml.__file__)).parent)!r})\n"
     road = packages + _HOOK_ROAD.replace("names()", "print(open('/proc/self/maps').read()); names()")
     for _ in range(2):

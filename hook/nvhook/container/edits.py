@@ -87,6 +87,14 @@ class Edit:
             for count in range(len(above) - len(made), len(above)):
                 self.traces.append({"kind": "directory", "path": "/".join(above[: count + 1])})
 
+    def _in_directory(self, container: Container, path: str, place: Callable[[Container, int, str], None]) -> None:
+        """Call `place` with the directory that `path` is in, and its last component."""
+        parent, name = self._parent(container, path)
+        try:
+            place(container, parent, name)
+        finally:
+            os.close(parent)
+
     def _create(self, parent: int, path: str, *, directory: bool = False) -> None:
         """An empty file, or directory, to mount onto."""
         name = os.path.basename(path)
@@ -429,11 +437,7 @@ class Device(Edit):
 
     def apply(self, container: Container) -> None:
         try:
-            parent, name = self._parent(container, self.path)
-            try:
-                self._place(container, parent, name)
-            finally:
-                os.close(parent)
+            self._in_directory(container, self.path, self._place)
         except OSError as error:
             raise MountError(f"make device `{self.path}`: {reason(error)}") from None
 
@@ -493,11 +497,7 @@ class Symlink(Edit):
 
     def apply(self, container: Container) -> None:
         try:
-            parent, name = self._parent(container, self.path)
-            try:
-                self._place(container, parent, name)
-            finally:
-                os.close(parent)
+            self._in_directory(container, self.path, self._place)
         except OSError as error:
             raise MountError(f"link `{self.path}` to `{self.target}`: {reason(error)}") from None
 
